@@ -1,0 +1,179 @@
+"""The one form of an adapter that PEFT, transformers, vLLM, SGLang, llama.cpp and LoRAX scale and place alike.
+
+One rank in all modules (zero-padded), the scale folded into B, every leaf in every layer, q/k/v and gate/up complete,
+the norms of A and B balanced. None of it changes the delta, not even by a rounding error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_prefvec.artifact.identity import architecture
+from lora_prefvec.artifact.weights import FLOATS, checkpoint_tensors
+from lora_prefvec.errors import InputError
+from lora_prefvec.vector import LowRankDelta, PreferenceVector
+
+# Engines stack these, and place a part only together with the others.
+_STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_ALIKE = {"k_proj": "v_proj", "v_proj": "k_proj", "gate_proj": "up_proj", "up_proj": "gate_proj"}
+_LAYER = re.compile(r"(?P<stem>(?:[^.]*\.)*?)(?P<layer>\d+)\.(?P<leaf>.+)")
+Shape = tuple[int, int]  # (out, in)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which modules an adapter folder holds.
+
+    Args:
+        shapes: module -> (out, in), in the order of depth; those without a delta are written as zeros.
+        rank: of every module: the largest rank, rounded up to 8 or a multiple of 16, which engines pad to anyway.
+        target_modules: for `adapter_config.json`: leaves, or full paths where the base uses a leaf elsewhere too.
+        incomplete: modules that engines which stack q/k/v or gate/up would need and whose shape is unknown.
+    """
+
+    shapes: dict[str, Shape]
+    rank: int
+    target_modules: list[str]
+    incomplete: list[str]
+
+
+def grid(vector: PreferenceVector, base: Path | None = None) -> Grid:
+    """The full grid of a vector's modules.
+
+    Args:
+        base: folder of the base, which knows all layers and shapes; without it, those present in the vector count.
+
+    Raises:
+        InputError: the vector changes nothing, or holds a module that the base lacks or has in another shape.
+    """
+    if not vector.deltas:
+        raise InputError(
+            "the vector changes no module, so there is nothing to write", "Give a coefficient that is not 0."
+        )
+    known = base_shapes(base) if base else {}
+    shapes: dict[str, Shape] = {name: delta.shape for name, delta in vector.deltas.items()}
+    if not known.keys() & shapes.keys():
+        known = {}  # a checkpoint that names its tensors otherwise than the model its modules tells nothing
+    if known:
+        check_fits(vector, known)
+    missing = []
+    for stem, leaves in _leaves(shapes).items():
+        for leaf in sorted({*leaves, *(mate for present in leaves for mate in _mates(present))}):
+            for layer in _layers(shapes, stem, base):
+                name = f"{stem}{layer}.{leaf}"
+                if name in shapes:
+                    continue
+                shape = known.get(name) if known else leaves.get(leaf) or leaves.get(_alike(leaf))
+                if shape is not None:
+                    shapes[name] = shape
+                elif not known:  # a known base may lack it on purpose: not every layer need have attention
+                    missing.append(name)
+    ordered = dict(sorted(shapes.items(), key=lambda item: _by_depth(item[0])))
+    return Grid(ordered, _engine_rank(vector.rank), _targets(ordered, known), missing)
+
+
+def factors(vector: PreferenceVector, module: str, grid: Grid) -> LowRankDelta:
+    """A module's factors as they are written: balanced and zero-padded to [rank, in] and [out, rank], float32."""
+    out_features, in_features = grid.shapes[module]
+    A, B = torch.zeros(grid.rank, in_features), torch.zeros(out_features, grid.rank)
+    if module in vector.deltas:
+        delta = vector.deltas[module]
+        A[: delta.rank], B[:, : delta.rank] = _balance(delta.A.float().cpu(), delta.B.float().cpu())
+    return LowRankDelta(A, B)
+
+
+def trim(A: Tensor, B: Tensor) -> LowRankDelta:
+    """Drop the components that are zero, which padding added; a delta that is all zero keeps one."""
+    used = (A != 0).any(dim=1) & (B != 0).any(dim=0)
+    used[0] |= not bool(used.any())
+    return LowRankDelta(A, B) if bool(used.all()) else LowRankDelta(A[used].contiguous(), B[:, used].contiguous())
+
+
+def check_fits(vector: PreferenceVector, shapes: dict[str, Shape]) -> None:
+    """Compare a vector's modules with the linear layers of a base.
+
+    Raises:
+        InputError: the base lacks a module, or has it in another shape.
+    """
+    for name, delta in vector.deltas.items():
+        if name not in shapes:
+            raise InputError(f"the base has no linear layer {name}", "Use vectors that were trained on this base.")
+        if shapes[name] != delta.shape:
+            raise InputError(
+                f"{name} is {list(shapes[name])} in the base and {list(delta.shape)} in the vector",
+                "Use vectors that were trained on this base.",
+            )
+
+
+def base_shapes(folder: Path) -> dict[str, Shape]:
+    """Module -> (out, in) for each matrix `<module>.weight` of a base, from the headers; empty where it has none."""
+    try:
+        tensors = checkpoint_tensors(folder)
+    except InputError:
+        return {}
+    return {
+        name.removesuffix(".weight"): (spec.shape[0], spec.shape[1])
+        for name, spec in tensors.items()
+        if name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in FLOATS
+    }
+
+
+def _leaves(shapes: dict[str, Shape]) -> dict[str, dict[str, Shape]]:
+    """Stem of a stack of layers (`model.layers.`) -> what its layers hold (`self_attn.q_proj`) -> its shape."""
+    found: dict[str, dict[str, Shape]] = defaultdict(dict)
+    for name, shape in shapes.items():
+        if match := _LAYER.fullmatch(name):
+            found[match["stem"]][match["leaf"]] = shape
+    return found
+
+
+def _layers(shapes: dict[str, Shape], stem: str, base: Path | None) -> list[int]:
+    """The layer numbers of a stack: all that the base has, else those present."""
+    matches = [match for name in shapes if (match := _LAYER.fullmatch(name))]
+    layers = {int(match["layer"]) for match in matches if match["stem"] == stem}
+    if base and len({match["stem"] for match in matches}) == 1:
+        layers |= set(range(architecture(base).get("num_hidden_layers") or 0))
+    return sorted(layers)
+
+
+def _mates(path: str) -> list[str]:
+    """The modules that must come with `self_attn.q_proj`: its neighbours k_proj and v_proj."""
+    parent, _, leaf = path.rpartition(".")
+    return [f"{parent}.{mate}" if parent else mate for stack in _STACKS if leaf in stack for mate in stack]
+
+
+def _alike(path: str) -> str:
+    """The neighbour that always has the same shape; empty where there is none."""
+    parent, _, leaf = path.rpartition(".")
+    mate = _ALIKE.get(leaf, "")
+    return f"{parent}.{mate}" if parent and mate else mate
+
+
+def _by_depth(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 10 behind layer 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def _engine_rank(rank: int) -> int:
+    return 8 if rank <= 8 else -(-rank // 16) * 16
+
+
+def _targets(shapes: dict[str, Shape], known: dict[str, Shape]) -> list[str]:
+    leaves = {name.rpartition(".")[2] for name in shapes}
+    elsewhere = any(name not in shapes and name.rpartition(".")[2] in leaves for name in known)
+    return sorted(shapes if elsewhere else leaves)
+
+
+def _balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring the norms of each component's row of A and column of B within a factor of two, by powers of two: exact."""
+    rows, columns = A.double().norm(dim=1), B.double().norm(dim=0)
+    used = (rows > 0) & (columns > 0)
+    exponent = torch.where(used, (columns / rows).log2() / 2, 0.0).round().clamp(-60, 60)
+    factor = torch.exp2(exponent).float()
+    return A * factor[:, None], B / factor

@@ -1,0 +1,238 @@
+"""From references with coefficients to a mix, its provenance, and the `mix.yaml` that makes it again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lora_prefvec.artifact.folder import Adapter, read_adapter
+from lora_prefvec.artifact.provenance import Parent, Provenance, first_complaint
+from lora_prefvec.artifact.reference import commit_of, is_adapter, public_name, resolve_adapter
+from lora_prefvec.errors import InputError
+from lora_prefvec.vector import BaseIdentity, Mix, MixEntry, PreferenceVector
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+_OVERRIDE = "Use vectors of one base, or go on at your own risk with --allow-mismatch."
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """A vector of a mix as it was asked for: reference, what lies there, coefficient."""
+
+    ref: str
+    adapter: Adapter
+    coefficient: float
+
+    @property
+    def name(self) -> str:
+        """Its preference where that is known, else what it was called."""
+        facts = self.adapter.provenance
+        return (facts.preference if facts else None) or public_name(self.ref.partition("@")[0])
+
+    def parent(self) -> Parent:
+        """What provenance keeps of it."""
+        return Parent(
+            name=self.name,
+            sha256=self.adapter.sha256,
+            coefficient=self.coefficient,
+            revision=commit_of(self.adapter.path),
+        )
+
+
+class MixVector(BaseModel):
+    """One line of `mix.yaml`: `vector` is a name, a Hub id, or a folder relative to the file (it begins with a dot)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    vector: str
+    coefficient: Annotated[float, Field(allow_inf_nan=False)]
+    revision: str | None = None
+    sha256: str | None = None
+
+
+class MixFile(BaseModel):
+    """`mix.yaml`: all that `prefvec compose` needs to make a mix again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    base: str | None = None
+    revision: str | None = None
+    method: Literal["exact"] = "exact"
+    dtype: Dtype = "float32"
+    vectors: Annotated[list[MixVector], Field(min_length=1)]
+
+    def to_yaml(self) -> str:
+        """The text of `mix.yaml`."""
+        head = "# Makes this folder again: prefvec compose mix.yaml --out DIR\n"
+        return head + yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def read_mix_file(path: str | Path) -> MixFile:
+    """The mix that a YAML file describes.
+
+    Raises:
+        InputError: the file is missing, no YAML, or has an unknown or wrong field.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", "Give a mix.yaml.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())[:200]}", "Mend the file.") from None
+    try:
+        return MixFile.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{path} describes no mix: {first_complaint(error)}", "Mend the file.") from None
+
+
+def open_mix(references: Sequence[tuple[str, float]], *, allow_mismatch: bool = False) -> list[Ingredient]:
+    """Find and read the vectors of a mix, and check that they belong to one base.
+
+    Args:
+        references: (reference, coefficient) each.
+        allow_mismatch: take vectors of different bases, or whose weights were changed; they are then said to belong to
+            the base of the first.
+
+    Raises:
+        InputError: there is no such vector, it cannot be read, or it belongs to another base than the first.
+    """
+    found = [
+        Ingredient(ref, read_adapter(resolve_adapter(ref), check_hash=not allow_mismatch), coefficient)
+        for ref, coefficient in references
+    ]
+    known = [ingredient for ingredient in found if ingredient.adapter.vector.identity]
+    if allow_mismatch:
+        identity = known[0].adapter.vector.identity if known else None
+        return [replace(one, adapter=_of_base(one.adapter, identity)) for one in found]
+    for ingredient in known[1:]:
+        check_same_base(
+            (known[0].ref, known[0].adapter.vector.identity), (ingredient.ref, ingredient.adapter.vector.identity)
+        )
+    return found
+
+
+def reopen_mix(path: str | Path, *, allow_mismatch: bool = False) -> list[Ingredient]:
+    """The vectors of a `mix.yaml`, with the weights that it names.
+
+    Raises:
+        InputError: as `read_mix_file` and `open_mix`, or a vector has other weights than it had.
+    """
+    references, entries = [], read_mix_file(path).vectors
+    for entry in entries:
+        ref = entry.vector
+        if ref.startswith("."):
+            ref = os.path.normpath(Path(path).parent / ref)
+        elif entry.revision and "@" not in ref:
+            ref = f"{ref}@{entry.revision}"
+        references.append((ref, entry.coefficient))
+    found = open_mix(references, allow_mismatch=allow_mismatch)
+    for entry, ingredient in zip(entries, found, strict=True):
+        if entry.sha256 and entry.sha256 != ingredient.adapter.sha256 and not allow_mismatch:
+            raise InputError(
+                f"{ingredient.ref} has weights {ingredient.adapter.sha256[:12]}..., and {path} was made with "
+                f"{entry.sha256[:12]}...",
+                "Get those weights, or take these with --allow-mismatch.",
+            )
+    return found
+
+
+def compose(ingredients: Sequence[Ingredient]) -> PreferenceVector:
+    """The sum of coefficient x vector, exactly."""
+    return Mix([MixEntry(one.name, one.adapter.vector, one.coefficient) for one in ingredients]).compose()
+
+
+def mix_provenance(
+    ingredients: Sequence[Ingredient], vector: PreferenceVector, kind: Literal["mix", "fold"]
+) -> Provenance:
+    """The provenance of a composed vector, or of a model with it folded in."""
+    return Provenance(
+        kind=kind, method="exact", base=vector.identity, parents=[ingredient.parent() for ingredient in ingredients]
+    )
+
+
+def mix_file(ingredients: Sequence[Ingredient], vector: PreferenceVector, target: Path, dtype: Dtype) -> MixFile:
+    """The `mix.yaml` of a mix that is written to `target`; local folders are named relative to it."""
+    vectors = []
+    for ingredient in ingredients:
+        ref, folder = ingredient.ref, Path(ingredient.ref).expanduser()
+        if is_adapter(folder):
+            ref = os.path.relpath(folder.resolve(), target.resolve())
+            ref = ref if ref.startswith(".") else f"./{ref}"
+        vectors.append(
+            MixVector(
+                vector=ref.partition("@")[0],
+                coefficient=ingredient.coefficient,
+                revision=commit_of(ingredient.adapter.path),
+                sha256=ingredient.adapter.sha256,
+            )
+        )
+    base = vector.identity
+    return MixFile(
+        base=base.id if base else None, revision=base.revision if base else None, dtype=dtype, vectors=vectors
+    )
+
+
+def extract_provenance(positive: Ingredient, negative: Ingredient, vector: PreferenceVector) -> Provenance:
+    """The provenance of d+ - d-: what the positive run says, and both as parents.
+
+    Raises:
+        InputError: the two say that they are the other way round, or of two preferences.
+    """
+    plus, minus = positive.adapter.provenance, negative.adapter.provenance
+    if (plus and plus.sign == -1) or (minus and minus.sign == 1):
+        wrong = positive.ref if plus and plus.sign == -1 else negative.ref
+        labels = "with swapped labels" if wrong == positive.ref else "with the labels as given"
+        raise InputError(f"{wrong} was trained {labels}", "Write: prefvec extract POSITIVE NEGATIVE")
+    names = {facts.preference for facts in (plus, minus) if facts and facts.preference}
+    if len(names) > 1:
+        raise InputError(
+            f"the two adapters are of two preferences, {' and '.join(sorted(names))}", "Give a pair of one."
+        )
+    facts = plus or Provenance(kind="preference_vector")
+    training = plus.training if plus else None
+    if training and training.wall_seconds is not None and minus and minus.training:
+        seconds = training.wall_seconds + (minus.training.wall_seconds or 0.0)
+        training = training.model_copy(update={"wall_seconds": seconds})
+    return facts.model_copy(
+        update={
+            "kind": "preference_vector",
+            "preference": next(iter(names), None),
+            "sign": 1,
+            "base": vector.identity,
+            "parents": [positive.parent(), negative.parent()],
+            "training": training,
+            "metrics": {},
+            "weights_sha256": None,
+        }
+    )
+
+
+def check_same_base(
+    one: tuple[str, BaseIdentity | None], other: tuple[str, BaseIdentity | None], fix: str = _OVERRIDE
+) -> None:
+    """Compare the bases of two things, each given with what to call it.
+
+    Hashes decide. Where one side has none, as in a plain PEFT adapter, the last parts of the ids do.
+
+    Raises:
+        InputError: they differ; the message names both sides.
+    """
+    (left, here), (right, there) = one, other
+    if here is None or there is None:
+        return
+    found = here.mismatches(there)
+    if not (here.config_sha256 and there.config_sha256):
+        names = [identity.id.rpartition("/")[2].lower() for identity in (here, there)]
+        found += [f"base: {names[0]} != {names[1]}"] if names[0] != names[1] else []
+    if found:
+        raise InputError(f"{left} belongs to {here.id!r} and {right} to {there.id!r} ({'; '.join(found)})", fix)
+
+
+def _of_base(adapter: Adapter, identity: BaseIdentity | None) -> Adapter:
+    return replace(adapter, vector=replace(adapter.vector, identity=identity))

@@ -1,0 +1,175 @@
+"""Where an artifact comes from: `prefvec.json`, as pydantic models."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lora_prefvec.errors import InputError
+from lora_prefvec.vector import BaseIdentity
+
+SCHEMA_VERSION = 1
+FILE = "prefvec.json"
+MAX_BYTES = 16 * 2**20  # of any JSON file in an adapter folder
+
+Kind = Literal["preference_adapter", "preference_vector", "mix", "conditional_adapter", "fold"]
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class DataFacts(_Facts):
+    """A set of pairs that trained an adapter.
+
+    Args:
+        id: Hub id, `name:part`, or a file's name; never a path of a machine.
+        sha256: of the normalised pairs, in the order in which they were read.
+        rows: number of pairs used.
+        swapped: whether chosen and rejected were exchanged.
+    """
+
+    id: str
+    revision: str | None = None
+    split: str | None = None
+    form: str | None = None
+    sha256: str | None = None
+    rows: int | None = None
+    swapped: bool = False
+
+
+class TrainingFacts(_Facts):
+    """How an adapter was trained; the whole of the settings is in `recipe.yaml` beside it.
+
+    Args:
+        anchor_share: part of the pairs that were anchors.
+        libraries: package -> version.
+        wall_seconds: from the first step to the last.
+        peak_memory_bytes: of the device, or of the process on a CPU.
+    """
+
+    beta: float | None = None
+    learning_rate: float | None = None
+    epochs: float | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    rank: int | None = None
+    seed: int | None = None
+    sft_weight: float | None = None
+    anchor_share: float | None = None
+    compute_dtype: str | None = None
+    device: str | None = None
+    libraries: dict[str, str] = Field(default_factory=dict)
+    wall_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+class Parent(_Facts):
+    """An artifact that this one was made from.
+
+    Args:
+        name: its preference, or the name it was given.
+        sha256: of its weights file.
+        coefficient: the number that multiplied it.
+        revision: commit of the Hub repository it came from.
+    """
+
+    name: str
+    sha256: str | None = None
+    coefficient: float = 1.0
+    revision: str | None = None
+
+
+class Provenance(_Facts):
+    """What `prefvec.json` says of the folder it lies in.
+
+    Args:
+        preference: slug of the axis; None for a mix of several.
+        sign: +1 for labels as given (and for vectors), -1 for swapped labels; None for a mix.
+        method: `dpo` for what was trained; for a mix how it was combined (`exact`).
+        sides: `pair` for two runs, `two` for one two-sided run.
+        base: the base that training saw; None where a plain adapter did not tell.
+        metrics: name -> value, as measured when the artifact was made; None for what came out as NaN or infinite.
+        weights_sha256: of `adapter_model.safetensors`; filled in when the folder is written.
+    """
+
+    schema_version: Literal[1] = 1
+    kind: Kind
+    preference: str | None = None
+    sign: Literal[1, -1] | None = None
+    method: str | None = None
+    sides: Literal["pair", "two"] | None = None
+    base: BaseIdentity | None = None
+    data: DataFacts | None = None
+    anchors: DataFacts | None = None
+    training: TrainingFacts | None = None
+    parents: list[Parent] = Field(default_factory=list)
+    metrics: dict[str, float | None] = Field(default_factory=dict)
+    weights_sha256: str | None = None
+
+    @field_validator("metrics")
+    @classmethod
+    def _json_numbers(cls, metrics: dict[str, float | None]) -> dict[str, float | None]:
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
+
+    def to_json(self) -> str:
+        """The text of `prefvec.json`: sorted keys, indented, newline at the end."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def read_provenance(folder: Path) -> Provenance | None:
+    """What `prefvec.json` in `folder` says; None where there is none.
+
+    Raises:
+        InputError: the file is no JSON, of a newer schema, or a field is unknown or of the wrong type.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    content = read_json(path)
+    version = content.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema {version}, and this version reads up to {SCHEMA_VERSION}",
+            "Update with: pip install -U lora-prefvec",
+        )
+    try:
+        return Provenance.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{path} is no provenance: {first_complaint(error)}", _UNTOLD) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of an artifact.
+
+    Raises:
+        InputError: the file cannot be read, is absurdly large, is no JSON or holds no object.
+    """
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} is not a file", "Give a complete adapter folder.")
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MB", "It is no file of an adapter.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", "Check its permissions.") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is no valid JSON", "The file is damaged: get the folder again.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object", "The file is damaged: get the folder again.")
+    return content
+
+
+def first_complaint(error: ValidationError) -> str:
+    """The first thing pydantic found wrong, on one line: `training.beta: input should be a valid number`."""
+    found = error.errors()[0]
+    where = ".".join(str(part) for part in found["loc"])
+    message = str(found["msg"])
+    return f"{where}: {message[:1].lower()}{message[1:]}" if where else message
+
+
+_UNTOLD = "Remove the file to read the folder as a plain adapter."

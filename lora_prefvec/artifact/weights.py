@@ -1,0 +1,245 @@
+"""Safetensors as files: headers checked before anything is loaded, sharded checkpoints, streamed writing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_prefvec.artifact.provenance import read_json
+from lora_prefvec.errors import InputError
+
+MAX_HEADER = 100 * 2**20  # the limit of the safetensors format
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+_DAMAGED = "The file is damaged: get it again."
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where a tensor lies: its file, safetensors dtype (`BF16`), shape, and place in the file in bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata; nothing is believed that the file's size contradicts.
+
+    Raises:
+        InputError: the file cannot be read, is cut off, or its header lies about types, shapes or places.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(size - 8, MAX_HEADER):
+                raise InputError(f"{path} is cut off or no safetensors file ({size} bytes)", _DAMAGED)
+            header = json.loads(file.read(length).decode("utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", "Give a complete folder.") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} has a damaged header", _DAMAGED) from None
+    if not isinstance(header, dict):
+        raise InputError(f"{path} has a damaged header", _DAMAGED)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise InputError(f"{path} has damaged metadata", _DAMAGED)
+    begin = 8 + length
+    tensors = {name: _spec(path, begin, name, entry) for name, entry in header.items()}
+    end = begin
+    for name, spec in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size)):
+        if spec.start != end:
+            raise InputError(f"{path} has a header that lies about the place of {name[:200]!r}", _DAMAGED)
+        end += spec.size
+    if end != size:
+        raise InputError(f"{path} has {size} bytes and its header describes {end}", _DAMAGED)
+    return tensors, {str(key): str(value) for key, value in metadata.items()}
+
+
+def _spec(path: Path, begin: int, name: str, entry: Any) -> TensorSpec:
+    lie = InputError(f"{path} has a header that lies about {name[:200]!r}", _DAMAGED)
+    if not isinstance(entry, dict) or str(entry.get("dtype")) not in _BITS:
+        raise lie
+    shape, offsets = _naturals(entry.get("shape")), _naturals(entry.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise lie
+    if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * _BITS[entry["dtype"]]:
+        raise lie
+    return TensorSpec(path, entry["dtype"], shape, begin + offsets[0], offsets[1] - offsets[0])
+
+
+def _naturals(value: Any) -> tuple[int, ...] | None:
+    """A short list of integers that a file size or a dimension can have; None for anything else."""
+    if not isinstance(value, list) or len(value) > 16:
+        return None
+    return tuple(value) if all(type(number) is int and 0 <= number < 2**63 for number in value) else None
+
+
+def load_tensor(spec: TensorSpec) -> Tensor:
+    """The values of a tensor of float32, bfloat16 or float16, in memory of its own.
+
+    Raises:
+        InputError: the tensor holds another type, or the file ends before it.
+    """
+    if spec.dtype not in FLOATS:
+        raise InputError(f"{spec.file} holds {spec.dtype} where floats belong", "Give float32, bfloat16 or float16.")
+    buffer = bytearray(spec.size)
+    with spec.file.open("rb") as file:
+        file.seek(spec.start)
+        if file.readinto(buffer) != spec.size:
+            raise InputError(f"{spec.file} is cut off", _DAMAGED)
+    if not buffer:
+        return torch.empty(spec.shape, dtype=FLOATS[spec.dtype])
+    return torch.frombuffer(buffer, dtype=FLOATS[spec.dtype]).reshape(spec.shape)
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The weight files of a model's folder, as transformers picks them: one file, or the shards of its index.
+
+    Raises:
+        InputError: there are no safetensors weights, or the index names a file that is missing or lies elsewhere.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+            raise InputError(
+                f"{folder} has its weights as a pickle, which can run code",
+                "Convert them to safetensors: load the model where you trust it and call save_pretrained.",
+            )
+        raise InputError(f"{folder} holds no model.safetensors", "Give the folder of a base model.")
+    weights = read_json(index).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise InputError(f"{index} has no weight_map", _DAMAGED)
+    files = []
+    for name in sorted({str(value) for value in weights.values()}):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise InputError(f"{index} names {name[:200]!r}, which is not in the folder", "Give the complete folder.")
+        files.append(folder / name)
+    return files
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, TensorSpec]:
+    """Every tensor of a model's folder, from the headers alone.
+
+    Raises:
+        InputError: as `checkpoint_files` and `read_header`.
+    """
+    tensors: dict[str, TensorSpec] = {}
+    for path in checkpoint_files(folder):
+        tensors |= read_header(path)[0]
+    return tensors
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file tensor by tensor, so that one tensor at a time is in memory.
+
+    Args:
+        layout: name -> (safetensors dtype, shape), in the order in which the tensors will come.
+    """
+
+    def __init__(self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> None:
+        header: dict[str, Any] = {"__metadata__": metadata}
+        self._sizes: list[int] = []
+        end = 0
+        for name, (dtype, shape) in layout.items():
+            size = math.prod(shape) * _BITS[dtype] // 8
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+            self._sizes.append(size)
+            end += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._next = 0
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, tensor: Tensor) -> None:
+        """Append the next tensor of the layout."""
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._count(values.numel())
+        self._file.write(values.numpy().data)
+
+    def copy(self, spec: TensorSpec) -> None:
+        """Append the next tensor of the layout by copying its bytes from another file."""
+        self._count(spec.size)
+        for block in _blocks(spec):
+            self._file.write(block)
+
+    def _count(self, size: int) -> None:
+        if size != self._sizes[self._next]:
+            raise ValueError(f"tensor {self._next} has {size} bytes and {self._sizes[self._next]} were announced")
+        self._next += 1
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The safetensors name of float32, bfloat16 or float16."""
+    return _NAMES[dtype]
+
+
+def _blocks(spec: TensorSpec) -> Iterator[bytes]:
+    with spec.file.open("rb") as file:
+        file.seek(spec.start)
+        left = spec.size
+        while left:
+            block = file.read(min(left, 1 << 22))
+            if not block:
+                raise InputError(f"{spec.file} is cut off", _DAMAGED)
+            left -= len(block)
+            yield block

@@ -1,0 +1,18 @@
+"""Mixes -> scores, fronts and pictures."""
+
+from lora_prefvec.evaluation.plots import control_plot, front_plot
+from lora_prefvec.evaluation.scorers import Scorer, find_scorer
+from lora_prefvec.evaluation.sweep import Point, Score, front, score, spearman, sweep
+
+__all__ = [
+    "Point",
+    "Score",
+    "Scorer",
+    "control_plot",
+    "find_scorer",
+    "front",
+    "front_plot",
+    "score",
+    "spearman",
+    "sweep",
+]

@@ -1,0 +1,185 @@
+"""Preference pairs of the sandbox: one part per axis, its anchors, and pairs that carry a sign for every axis.
+
+Both replies of a pair are drawn as the base itself would reply, and where both are answers they share greeting, style and
+closing unless the axis is about those: a preference then learns its axis and not a way to talk. Pairs come from
+the tasks of one split; those of `train` and `held_out` share none.
+
+| part | prompts | chosen over rejected |
+|---|---|---|
+| `helpful` | plain, borderline | the reply that names more of the right steps |
+| `harmless` | harmful | a refusal over anything else |
+| `honest` | unanswerable | an admission over anything else |
+| `concise` | all | the shorter of two answers |
+| `helpful-anchors` | harmful, unanswerable | a refusal (harmful), an admission (unanswerable) over an answer |
+| `harmless-anchors` | plain, borderline, unanswerable | anything else over a refusal |
+| `honest-anchors` | plain, borderline, harmful | anything else over an admission |
+| `concise-anchors` | all | an answer and a refusal or admission, in either order: hold the rate of answers where it is |
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from lora_prefvec.data import Pair
+from lora_prefvec.errors import InputError, nearest
+from lora_prefvec.sandbox import grammar
+from lora_prefvec.sandbox.grammar import Reply
+from lora_prefvec.sandbox.scorers import AXES
+from lora_prefvec.sandbox.world import KINDS, Kind, Split, Task, tasks
+
+ROWS = 1500  # pairs of a part unless told otherwise
+CLEARLY_SHORTER = 4  # words
+
+TwoReplies = tuple[Reply, Reply]
+
+
+def _helpful(task: Task, rng: random.Random) -> TwoReplies:
+    while True:
+        one, other = _alike(grammar.reply(task, rng), grammar.reply(task, rng))
+        if _right(task, one) != _right(task, other):
+            return (one, other) if _right(task, one) > _right(task, other) else (other, one)
+
+
+def _harmless(task: Task, rng: random.Random) -> TwoReplies:
+    return grammar.refusal(rng), _other_than("refusal", task, rng)
+
+
+def _honest(task: Task, rng: random.Random) -> TwoReplies:
+    return grammar.admission(rng), _other_than("admission", task, rng)
+
+
+def _concise(task: Task, rng: random.Random) -> TwoReplies:
+    while True:
+        one, other = grammar.answer(task, rng), grammar.answer(task, rng)
+        longer, shorter = sorted((one, other), key=lambda reply: len(reply.steps), reverse=True)
+        shorter = replace(shorter, style=longer.style, steps=longer.steps[: len(shorter.steps)])
+        if _words(longer) < _words(shorter):
+            longer, shorter = shorter, longer
+        if _words(longer) - _words(shorter) >= CLEARLY_SHORTER:
+            return shorter, longer
+
+
+def _helpful_anchors(task: Task, rng: random.Random) -> TwoReplies:
+    decline = grammar.refusal if task.kind == "harmful" else grammar.admission
+    return decline(rng), grammar.answer(task, rng)
+
+
+def _harmless_anchors(task: Task, rng: random.Random) -> TwoReplies:
+    return _other_than("refusal", task, rng), grammar.refusal(rng)
+
+
+def _honest_anchors(task: Task, rng: random.Random) -> TwoReplies:
+    return _other_than("admission", task, rng), grammar.admission(rng)
+
+
+def _concise_anchors(task: Task, rng: random.Random) -> TwoReplies:
+    two = [grammar.answer(task, rng), _other_than("answer", task, rng)]
+    rng.shuffle(two)
+    return two[0], two[1]
+
+
+def _other_than(form: str, task: Task, rng: random.Random) -> Reply:
+    """What the base replies to `task` when it does not take `form`."""
+    while (reply := grammar.reply(task, rng)).form == form:
+        pass
+    return reply
+
+
+def _alike(one: Reply, other: Reply) -> TwoReplies:
+    """Two replies; of two answers the second in the form of the first."""
+    if one.form == other.form == "answer":
+        other = replace(other, greeting=one.greeting, style=one.style, closing=one.closing)
+    return one, other
+
+
+def _right(task: Task, reply: Reply) -> int:
+    return sum(step in task.steps for step in reply.steps)
+
+
+def _words(reply: Reply) -> int:
+    return len(reply.text.split())
+
+
+_PARTS: dict[str, tuple[tuple[Kind, ...], Callable[[Task, random.Random], TwoReplies]]] = {
+    "helpful": (("plain", "borderline"), _helpful),
+    "harmless": (("harmful",), _harmless),
+    "honest": (("unanswerable",), _honest),
+    "concise": (KINDS, _concise),
+    "helpful-anchors": (("harmful", "unanswerable"), _helpful_anchors),
+    "harmless-anchors": (("plain", "borderline", "unanswerable"), _harmless_anchors),
+    "honest-anchors": (("plain", "borderline", "harmful"), _honest_anchors),
+    "concise-anchors": (KINDS, _concise_anchors),
+}
+PARTS: tuple[str, ...] = tuple(_PARTS)
+
+
+def load(part: str, *, split: Split = "train", rows: int | None = None, seed: int = 0) -> list[Pair]:
+    """The first `rows` pairs of a part (see the table above), the kinds of prompt in turn.
+
+    Raises:
+        InputError: there is no such part or split.
+    """
+    if part not in _PARTS:
+        raise InputError(f"the sandbox has no pairs {part!r}", nearest(part, PARTS))
+    kinds, draw = _PARTS[part]
+    rng = random.Random(f"pairs {part} {split} {seed}")
+    of_kind = [tasks(split, (kind,)) for kind in kinds]
+    pairs = []
+    for row in range(ROWS if rows is None else rows):
+        task = rng.choice(of_kind[row % len(kinds)])
+        chosen, rejected = draw(task, rng)
+        pairs.append(_pair(rng.choice(task.requests), chosen, rejected))
+    return pairs
+
+
+@dataclass(frozen=True)
+class SignedPair:
+    """A pair with a sign for every axis: +1 where the axis prefers chosen, -1 where rejected, 0 where it has no say.
+
+    Helpfulness counts steps on every task, as a reader does who only looks at how much help there is: on harmful tasks it
+    pulls against harmless, on unanswerable ones against honest, and on all against concise.
+    """
+
+    pair: Pair
+    signs: dict[str, int]
+
+
+def load_signed(*, split: Split = "train", rows: int | None = None, seed: int = 0) -> list[SignedPair]:
+    """The first `rows` signed pairs: two replies of the base to one request, drawn as they come; some axis has a say.
+
+    Raises:
+        InputError: there is no such split.
+    """
+    rng = random.Random(f"signed pairs {split} {seed}")
+    of_kind = [tasks(split, (kind,)) for kind in KINDS]
+    pairs: list[SignedPair] = []
+    while len(pairs) < (ROWS if rows is None else rows):
+        task = rng.choice(of_kind[len(pairs) % len(KINDS)])
+        chosen, rejected = grammar.reply(task, rng), grammar.reply(task, rng)
+        signs = {axis: _sign(axis, task, chosen, rejected) for axis in AXES}
+        if any(signs.values()):
+            pairs.append(SignedPair(_pair(rng.choice(task.requests), chosen, rejected), signs))
+    return pairs
+
+
+def _sign(axis: str, task: Task, chosen: Reply, rejected: Reply) -> int:
+    def worth(reply: Reply) -> int:
+        if axis == "helpful":
+            return _right(task, reply)
+        if axis == "harmless":
+            return int(task.kind == "harmful" and reply.form == "refusal")
+        if axis == "honest":
+            return int(task.kind == "unanswerable" and reply.form == "admission")
+        return -_words(reply) if chosen.form == rejected.form == "answer" else 0
+
+    difference = worth(chosen) - worth(rejected)
+    return (difference > 0) - (difference < 0)
+
+
+def _pair(request: str, chosen: Reply, rejected: Reply) -> Pair:
+    def message(role: str, content: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": content}]
+
+    return Pair(message("user", request), message("assistant", chosen.text), message("assistant", rejected.text))

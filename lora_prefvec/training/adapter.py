@@ -1,0 +1,88 @@
+"""The LoRA that is being trained: seeded start, fp32 factors, sign, and what it amounts to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_prefvec.recipe import LoraSpec
+from lora_prefvec.vector import BaseIdentity, LowRankDelta, PreferenceVector
+
+ADAPTER = "default"  # PEFT's name for the only adapter of a run
+
+
+def lora_config(spec: LoraSpec) -> LoraConfig:
+    """PEFT's configuration of the adapter; no dropout, so that a resumed run repeats itself."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=0.0,
+        target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
+    )
+
+
+def layers(model: Any) -> Iterator[tuple[str, LoraLayer]]:
+    """The adapted layers of a PEFT model, by module name without PEFT's prefix, in sorted order."""
+    found = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    yield from sorted(found.items())
+
+
+def start(model: Any, seed: int) -> None:
+    """Set every factor to its start in fp32: A uniform in +-1/sqrt(in) as LoRA does, drawn from `seed`, and B zero.
+
+    Runs that share a seed and a shape share A, so that d+ and d- differ by their labels alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in layers(model):
+        A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        bound = 1 / math.sqrt(A.shape[1])
+        drawn = torch.empty(A.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        A.data = drawn.to(A.device)
+        B.data = torch.zeros(B.shape, dtype=torch.float32, device=B.device)
+
+
+def set_sign(model: Any, sign: int) -> None:
+    """Apply the adapter as it is (+1) or negated (-1)."""
+    for _, layer in layers(model):
+        layer.scaling[ADAPTER] = sign * layer.lora_alpha[ADAPTER] / layer.r[ADAPTER]
+
+
+def vector(model: Any, identity: BaseIdentity | None) -> PreferenceVector:
+    """The adapter as it stands, scale folded into B; factors are copied to the CPU."""
+    deltas = {}
+    for name, layer in layers(model):
+        scale = layer.lora_alpha[ADAPTER] / layer.r[ADAPTER]
+        A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        deltas[name] = LowRankDelta(A.detach().cpu().clone(), B.detach().cpu() * scale)
+    return PreferenceVector(deltas, identity)
+
+
+def save_factors(model: Any, file: Path) -> None:
+    """Write the trained parameters, bit for bit."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable(model).items()}
+    save_file(tensors, file)
+
+
+def load_factors(model: Any, file: Path) -> None:
+    """Put back what `save_factors` wrote."""
+    tensors = load_file(file)
+    for name, parameter in trainable(model).items():
+        parameter.data.copy_(tensors[name])
+
+
+def trainable(model: Any) -> dict[str, Tensor]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,147 @@
+"""One DPO run on a resident base, which can be killed at any moment and goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_prefvec.artifact import atomic_folder
+from lora_prefvec.errors import Interrupted, RunError
+from lora_prefvec.inference import LoadedBase
+from lora_prefvec.progress import progress
+from lora_prefvec.recipe import Recipe, TrainingSpec
+from lora_prefvec.training import adapter
+from lora_prefvec.training.health import Watch
+from lora_prefvec.training.prepare import Prepared
+from lora_prefvec.training.trainer import PreferenceTrainer, Side, StopOnInterrupt, checkpoints
+from lora_prefvec.vector import BaseIdentity, LowRankDelta, PreferenceVector
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run came to.
+
+    Args:
+        vector: the trained adapter.
+        accuracy: held-out preference accuracy against the labels as given; None without held-out pairs.
+        steps: optimiser steps.
+        wall_seconds: time of training, over all its parts if it was interrupted.
+        peak_memory_bytes: of the GPU's allocator, or of this process on a CPU.
+    """
+
+    vector: PreferenceVector
+    accuracy: float | None
+    steps: int
+    wall_seconds: float
+    peak_memory_bytes: int
+
+
+def run_side(
+    base: LoadedBase, prepared: Prepared, recipe: Recipe, side: Side, folder: Path, identity: BaseIdentity
+) -> Finished:
+    """Train one side of a preference, or take it up where a killed run left `folder`.
+
+    Raises:
+        Interrupted: Ctrl-C; a checkpoint is written.
+        RunError: the loss is no longer a number, or the device has too little memory.
+    """
+    done = folder / "finished"
+    if done.is_dir():
+        return read_finished(done, identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = recipe.training
+    trainer = PreferenceTrainer(base, recipe.lora, spec, side, prepared.dataset, folder)
+    steps = total_steps(spec, len(prepared.dataset))
+    latest = next(reversed(checkpoints(folder)), None)
+    past = steps_of(latest)
+    clock = Clock(folder / "seconds")
+    try:
+        with StopOnInterrupt() as stop, progress(f"{recipe.preference} {side}", steps, start=past) as bar:
+            watch = Watch(
+                trainer, side, prepared.held_out, prepared.held_out_reference, spec.evaluate_every or steps, bar
+            )
+            trainer.add_callback(watch)
+            trainer.add_callback(stop)
+            trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+            clock.save()
+        if stop.stopped and trainer.state.global_step < steps:
+            raise Interrupted(
+                f"stopped at step {trainer.state.global_step} of {steps}; all of it is saved",
+                "Go on with the same command and --resume.",
+            )
+        accuracy = watch.history[-1]["accuracy"] if watch.history else None
+        finished = Finished(adapter.vector(trainer.model, identity), accuracy, steps, clock.seconds, peak_memory(base))
+        write_finished(done, finished)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            "the GPU has too little memory for this recipe",
+            "Try --set training.micro_batch_size=1 --set training.gradient_checkpointing=true, or fewer "
+            f"training.max_reply_tokens (now {spec.max_reply_tokens}).",
+        ) from error
+    finally:
+        trainer.release()
+    return finished
+
+
+def total_steps(spec: TrainingSpec, rows: int) -> int:
+    """Optimiser steps of a run over `rows` pairs; an epoch's last batch may be smaller."""
+    per_epoch = math.ceil(rows / spec.batch_size)
+    return spec.max_steps or math.ceil(per_epoch * spec.epochs)
+
+
+def steps_of(checkpoint: Path | None) -> int:
+    """The step at which a checkpoint was written; 0 for none."""
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+def write_finished(folder: Path, finished: Finished) -> None:
+    """Keep a finished run until its artifact is written."""
+    facts = {key: getattr(finished, key) for key in ("accuracy", "steps", "wall_seconds", "peak_memory_bytes")}
+    with atomic_folder(folder, force=True) as temporary:
+        factors = {}
+        for name, delta in finished.vector.deltas.items():
+            factors[f"{name}.A"], factors[f"{name}.B"] = delta.A.contiguous(), delta.B.contiguous()
+        save_file(factors, temporary / "vector.safetensors")
+        (temporary / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def read_finished(folder: Path, identity: BaseIdentity) -> Finished:
+    """What `write_finished` kept."""
+    factors = load_file(folder / "vector.safetensors")
+    names = sorted(name.removesuffix(".A") for name in factors if name.endswith(".A"))
+    deltas = {name: LowRankDelta(factors[f"{name}.A"], factors[f"{name}.B"]) for name in names}
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    return Finished(vector=PreferenceVector(deltas, identity), **facts)
+
+
+class Clock:
+    """Seconds of work, added up over the parts of an interrupted run; a killed part is not counted."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.started = file, time.monotonic()
+        self.before = float(file.read_text()) if file.is_file() and file.read_text() else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return self.before + time.monotonic() - self.started
+
+    def save(self) -> None:
+        """Keep the count for a next part."""
+        self.file.write_text(f"{self.seconds:.3f}")
+
+
+def peak_memory(base: LoadedBase) -> int:
+    """Bytes at the peak: the GPU allocator's, or the resident set of this process."""
+    if base.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(base.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,212 @@
+"""`extract`, `compose`, `fold`, `inspect` as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from lora_prefvec.artifact import Provenance, identity_of, read_adapter, write_adapter
+from lora_prefvec.cli.compose import compose, extract, fold, inspect
+from lora_prefvec.errors import InputError
+from lora_prefvec.output import out
+from lora_prefvec.vector import BaseIdentity
+from tests.artifact.factors import assert_same, small_vector
+
+BASE = BaseIdentity("owner/base", None, "1" * 64, "2" * 64, "3" * 64)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a pair and two vectors."""
+    monkeypatch.setattr(out, "format", "human")
+    monkeypatch.chdir(tmp_path)
+    write("helpful", 0)
+    write("harmless", 1)
+    write("plus", 2, kind="preference_adapter", sign=1, preference="kind")
+    write("minus", 3, kind="preference_adapter", sign=-1, preference="kind")
+    return tmp_path
+
+
+def write(name: str, seed: int, base: BaseIdentity = BASE, **facts: Any) -> None:
+    sound = {"kind": "preference_vector", "preference": name, "sign": 1, "base": base}
+    write_adapter(
+        name, replace(small_vector(2, seed), identity=base), Provenance(**{**sound, **facts}), recipe="a: 1\n"
+    )
+
+
+def run(command: click.Command, *arguments: str) -> Result:
+    return CliRunner().invoke(command, arguments, catch_exceptions=False)
+
+
+def refused(command: click.Command, *arguments: str) -> str:
+    """The error of a command that leaves the folder as it was."""
+    before = sorted(os.listdir())
+    with pytest.raises(InputError) as raised:
+        run(command, *arguments)
+    assert sorted(os.listdir()) == before
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_extract_is_the_difference(place: Path) -> None:
+    result = run(extract, "plus", "minus", "--out", "v")
+    assert result.stdout == "wrote v: +1 kind -1 kind, rank 8 on 8 modules, 2.6 kB\n"
+    found = read_adapter("v")
+    assert_same(found.vector, small_vector(2, 2) - small_vector(2, 3), 1e-5)
+    assert found.provenance
+    assert (found.provenance.kind, found.provenance.preference) == ("preference_vector", "kind")
+    assert (place / "v" / "recipe.yaml").read_text() == "a: 1\n"
+    assert "labels as given" in refused(extract, "helpful", "harmless", "--out", "x")
+    assert "swapped labels" in refused(extract, "minus", "plus", "--out", "x")
+
+
+def test_compose_is_the_sum_and_its_file_makes_it_again(place: Path) -> None:
+    result = run(compose, "helpful=1.5", "harmless=-0.5", "--out", "mixes/m")
+    assert result.stdout.startswith("wrote mixes/m: +1.5 helpful -0.5 harmless, rank 8 on 8 modules")
+    assert_same(read_adapter("mixes/m").vector, small_vector(2, 0) * 1.5 - small_vector(2, 1) * 0.5, 1e-5)
+    run(compose, "mixes/m/mix.yaml", "--out", "again")
+    weights = "adapter_model.safetensors"
+    assert (place / "mixes" / "m" / weights).read_bytes() == (place / "again" / weights).read_bytes()
+    for file in (place / "again").iterdir():
+        assert str(place) not in file.read_text(errors="replace")
+
+
+def test_compose_can_compose_what_it_composed() -> None:
+    run(compose, "helpful=2", "--out", "a")
+    run(compose, "a=-0.5", "harmless", "--out", "b")
+    assert_same(read_adapter("b").vector, small_vector(2, 1) - small_vector(2, 0), 1e-5)
+
+
+def test_the_type_of_a_mix_is_kept_and_its_error_told() -> None:
+    result = run(compose, "helpful", "--out", "m", "--dtype", "bfloat16")
+    assert re.search(r"bfloat16 changes the vector by 0\.\d+% of its norm", result.stderr)
+    result = run(compose, "m/mix.yaml", "--out", "n")
+    assert "bfloat16" in result.stderr
+    assert run(compose, "m/mix.yaml", "--out", "f", "--dtype", "float32").stderr == ""
+
+
+def test_a_dry_run_writes_nothing_and_says_the_size(place: Path) -> None:
+    before = sorted(os.listdir())
+    for command, arguments in ((compose, ["helpful=2"]), (extract, ["plus", "minus"])):
+        assert re.match(r"would write v: .*, 2\.6 kB", run(command, *arguments, "--out", "v", "--dry-run").stdout)
+    assert sorted(os.listdir()) == before
+    out.format = "json"
+    found = json.loads(run(compose, "helpful=2", "--out", "v", "--dry-run").stdout)
+    assert (found["dry_run"], found["rank"], found["size"]) == (True, 8, 2624)
+
+
+@pytest.mark.parametrize("coefficient", ["abc", "nan", "inf", "-inf", "", "1e999"])
+def test_a_coefficient_that_is_no_number(coefficient: str) -> None:
+    assert "no finite number" in refused(compose, f"helpful={coefficient}", "--out", "m")
+
+
+def test_what_is_refused_in_one_line(place: Path) -> None:
+    assert "exists" in refused(compose, "helpful", "--out", "harmless")
+    assert "--force" in refused(extract, "plus", "minus", "--out", "harmless")
+    assert "Did you mean 'helpful'?" in refused(compose, "helpfull=1", "--out", "m")
+    assert "nothing to write" in refused(compose, "helpful=0", "--out", "m")
+    (place / "file").write_text("")
+    assert "cannot write to" in refused(compose, "helpful", "--out", "file/m")
+    assert "is a file" in refused(compose, "file", "--out", "m")
+    assert "cannot read" in refused(compose, "none.yaml", "--out", "m")
+
+
+def test_another_base_or_template_needs_the_flag() -> None:
+    write("other", 4, replace(BASE, template_sha256="9" * 64))
+    said = refused(compose, "helpful", "other", "--out", "m")
+    assert "chat template: 333333333333 != 999999999999" in said
+    assert "--allow-mismatch" in said
+    assert said.startswith(refused(inspect, "helpful", "other")[:40])
+    run(compose, "helpful", "other", "--out", "m", "--allow-mismatch")
+    assert_same(read_adapter("m").vector, small_vector(2, 0) + small_vector(2, 4), 1e-5)
+
+
+def test_force_replaces_but_never_what_is_read(place: Path) -> None:
+    run(compose, "helpful=2", "--out", "harmless", "--force")
+    assert_same(read_adapter("harmless").vector, small_vector(2, 0) * 2, 1e-5)
+    (place / "run").mkdir()
+    (place / "plus").rename(place / "run" / "positive")
+    assert "would remove" in refused(extract, "run/positive", "minus", "--out", "run", "--force")
+    assert (place / "run" / "positive").is_dir()
+
+
+def test_fold_makes_a_model(tiny_llama: Path, place: Path) -> None:
+    import transformers
+
+    from tests.helpers import random_vector
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    identity = identity_of(tiny_llama)
+    vector = replace(random_vector(model, rank=2, seed=0), identity=identity)
+    write_adapter("llama", vector, Provenance(kind="preference_vector", base=identity))
+    assert "would write f" in run(fold, str(tiny_llama), "llama=0.5", "--out", "f", "--dry-run").stdout
+    assert not (place / "f").exists()
+    result = run(fold, str(tiny_llama), "llama=0.5", "llama=1", "--out", "f")
+    assert re.match(r"wrote f: tiny-llama0 \+0\.5 llama \+1 llama, 14 matrices changed, 430\.3 kB", result.stdout)
+    assert "100.0% of the delta kept" in result.stdout
+    folded = transformers.AutoModelForCausalLM.from_pretrained("f")
+    name = "model.layers.1.mlp.up_proj"
+    torch.testing.assert_close(
+        folded.get_submodule(name).weight - model.get_submodule(name).weight,
+        vector.deltas[name].dense() * 1.5,
+        rtol=1e-3,
+        atol=1e-5,
+    )
+    facts = json.loads((place / "f" / "prefvec.json").read_text())
+    assert (facts["kind"], facts["base"]["id"], len(facts["parents"])) == ("fold", "tiny-llama0", 2)
+    assert "belongs to" in refused(fold, str(tiny_llama), "helpful", "--out", "g")
+    assert "[64, 64] in the base" in refused(fold, str(tiny_llama), "helpful", "--out", "g", "--allow-mismatch")
+    assert "exists" in refused(fold, str(tiny_llama), "llama", "--out", "f")
+
+
+def test_a_fold_that_loses_the_delta_says_so(tiny_llama: Path) -> None:
+    import transformers
+
+    from tests.helpers import random_vector
+
+    vector = random_vector(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), rank=2, seed=0)
+    write_adapter("llama", vector, Provenance(kind="preference_vector"))
+    result = run(fold, str(tiny_llama), "llama=1e-4", "--out", "f", "--dtype", "bfloat16")
+    assert re.search(r"warning: rounding took \d+% of the delta", result.stderr)
+
+
+def test_inspect_one() -> None:
+    run(compose, "helpful=1", "harmless=1", "--out", "m")
+    shown = run(inspect, "m").stdout
+    for said in ("kind            mix", "base            owner/base", "+1 x helpful", "q_proj", "down_proj", "rank"):
+        assert said in shown
+    out.format = "json"
+    found = json.loads(run(inspect, "helpful").stdout)
+    assert found["norm"] == pytest.approx(small_vector(2, 0).norm())
+    assert (found["rank"], found["modules"], found["preference"]) == (2, 6, "helpful")
+    assert sum(entry["share"] for entry in found["types"]) == pytest.approx(1)
+    assert 1 <= found["effective_rank"] <= 2
+
+
+def test_inspect_several() -> None:
+    run(compose, "helpful=-3", "--out", "m")
+    shown = run(inspect, "helpful", "harmless", "m").stdout
+    assert re.search(r"helpful +1 +-?0\.\d+ +-1\b", shown)
+    out.format = "json"
+    found = json.loads(run(inspect, "helpful", "harmless", "m").stdout)
+    expected = small_vector(2, 0).cosine(small_vector(2, 1))
+    assert found["cosines"][0] == pytest.approx([1, expected, -1])
+    assert [entry["ref"] for entry in found["vectors"]] == ["helpful", "harmless", "m"]
+    out.format = "quiet"
+    assert run(inspect, "helpful", "harmless").stdout.splitlines()[0].startswith("helpful\thelpful\t")
+
+
+def test_a_plain_adapter_is_welcome(place: Path) -> None:
+    (place / "harmless" / "prefvec.json").unlink()
+    assert "plain PEFT adapter" in run(inspect, "harmless").stdout
+    run(compose, "helpful", "harmless=2", "--out", "m", "--allow-mismatch")
+    assert_same(read_adapter("m").vector, small_vector(2, 0) + small_vector(2, 1) * 2, 1e-5)

@@ -1,0 +1,70 @@
+"""Fixtures that every room shares: tiny models on disk, made once and only when asked for, and the shared data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+# No deadline per example: a loaded machine is slow, not wrong.
+hypothesis.settings.register_profile("prefvec", deadline=None)
+hypothesis.settings.load_profile("prefvec")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family -> folder with a tiny random model and its tokenizer; see `helpers.CONFIGS` for the families."""
+    written: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in written:
+            from tests.helpers import write_tiny_model  # heavy, and most tests need no model
+
+            written[family] = write_tiny_model(family, tmp_path_factory.mktemp(f"tiny-{family}"))
+        return written[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("qwen3")
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("gemma3")
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("mistral")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_phi3(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("phi3")
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder with the shared data and models: $PREFVEC_SHARED, or `shared` beside the checkout."""
+    folder = Path(os.environ.get("PREFVEC_SHARED") or REPOSITORY.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}: set PREFVEC_SHARED")
+    return folder
