@@ -30,7 +30,7 @@ class Output:
 
         stream = sys.stderr if stderr else sys.stdout
         width = None if stream.isatty() else 120
-        return Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())
+        return Console(file=stream, width=width, highlight=False, markup=False, soft_wrap=not stream.isatty())
 
     def result(self, data: Mapping[str, Any], *, text: str | None = None) -> None:
         """Print the outcome of a command.

@@ -29,6 +29,7 @@ _UNFIT = {
     errno.EPERM,
     errno.EROFS,
     errno.ENOTDIR,
+    errno.ENOENT,
     errno.EEXIST,
     errno.EISDIR,
     errno.ENAMETOOLONG,

@@ -64,8 +64,9 @@ def grid(vector: PreferenceVector, base: Path | None = None) -> Grid:
         check_fits(vector, known)
     missing = []
     for stem, leaves in _leaves(shapes).items():
+        layers = _layers(shapes, stem, base)
         for leaf in sorted({*leaves, *(mate for present in leaves for mate in _mates(present))}):
-            for layer in _layers(shapes, stem, base):
+            for layer in layers:
                 name = f"{stem}{layer}.{leaf}"
                 if name in shapes:
                     continue

@@ -101,6 +101,8 @@ def quietly(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def quiet_run(*args: Any, **kwargs: Any) -> Any:
+        # Threads that spin while they wait make small models several times slower wherever another process runs.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if not out.debug:
             quiet_libraries()
         return run(*args, **kwargs)
@@ -162,7 +164,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     if no_space(error):
         file = getattr(error, "filename", None)
         return 2, f"no space left on the disk{f' for {file}' if file else ''}. Free some, or write to another --out."
-    return 1, f"{type(error).__name__}: {error} (run again with --debug for the traceback)"
+    said = ": ".join(filter(None, [type(error).__name__, str(error)]))
+    return 1, f"{said} (run again with --debug for the traceback)"
 
 
 def no_space(error: BaseException | None) -> bool:

@@ -15,7 +15,8 @@ Prompt = str | Sequence[dict[str, str]]
 class Scorer(Protocol):
     """Gives a reply a number on one axis.
 
-    `direction` is +1 where more is better and -1 where less is; a cost is a quality that preferences should leave alone.
+    `direction` is +1 where more is better and -1 where less is; a cost is a quality that preferences should leave
+    alone.
     """
 
     @property

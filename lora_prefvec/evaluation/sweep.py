@@ -108,7 +108,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def front(points: Sequence[Sequence[float]]) -> list[int]:
-    """Indices of the points that no other point dominates (as large on every axis, larger on one), more being better."""
+    """Indices of the points that no other dominates (as large on every axis, larger on one); more is better."""
 
     def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
         return all(a >= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)

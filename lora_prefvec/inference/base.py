@@ -97,8 +97,8 @@ def load_base(
 def keep_weights_as_loaded(model: Any) -> None:
     """Stop bitsandbytes from repacking 4-bit weights at the first forward without gradients (CPUs with avx512_bf16).
 
-    Repacked weights are rounded once more, have no backward pass, and change again when they are saved: a reference pass
-    before training would silently cut the gradients of the training after it.
+    Repacked weights are rounded once more, have no backward pass, and change again when they are saved: a reference
+    pass before training would silently cut the gradients of the training after it.
     """
     from bitsandbytes.nn import Linear4bit
 

@@ -228,7 +228,10 @@ def _reply_limit(loaded: LoadedBase, prompt: list[int], max_new_tokens: int) -> 
     if context is None:
         return max_new_tokens
     if len(prompt) >= context:
-        raise InputError(f"a prompt has {len(prompt)} tokens and the base reads {context}", "Shorten the prompt.")
+        raise InputError(
+            f"a prompt has {len(prompt)} tokens and the base reads {context}",
+            "Shorten it; in a chat, /reset begins anew.",
+        )
     return min(max_new_tokens, int(context) - len(prompt))
 
 

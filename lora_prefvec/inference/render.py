@@ -40,8 +40,8 @@ def render_pairs(
 ) -> RenderedPairs:
     """Render pairs with the tokenizer's chat template (messages), or as they stand with an EOS (strings).
 
-    A prompt that is too long loses its beginning, because the end is what a reply answers; its first token is kept where
-    it is the BOS token. A reply that is too long loses its end, the EOS included.
+    A prompt that is too long loses its beginning, because the end is what a reply answers; its first token is kept
+    where it is the BOS token. A reply that is too long loses its end, the EOS included.
 
     Raises:
         InputError: messages and no chat template, a template that cannot render the turns, or nothing left to learn

@@ -34,7 +34,12 @@ FIRST_TWO = ("helpful", "harmless")
 ADDED = "concise"
 COEFFICIENTS = (-1.0, 0.0, 1.0, 2.0)
 PROMPTS, QUICK_PROMPTS = 160, 80
-SHOWN = ({}, {"helpful": 1.0}, {"helpful": 1.0, "harmless": 1.0}, {"helpful": 1.0, "harmless": 1.0, "concise": 1.5})
+SHOWN: tuple[dict[str, float], ...] = (
+    {},
+    {"helpful": 1.0},
+    {"helpful": 1.0, "harmless": 1.0},
+    {"helpful": 1.0, "harmless": 1.0, "concise": 1.5},
+)
 
 
 def run_demo(folder: Path, *, quick: bool = False, force: bool = False) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What an assistant of the sandbox can say: the forms of a reply, how often the base uses each, and an exact parser.
 
-A reply is one of the refusals, one of the admissions, or an answer: an optional greeting, the number of steps, the steps
-and an optional closing. The number comes first and everything behind it follows from it, so a preference that wants
-more or fewer steps is decided in one word, and a strong one leaves the rest of the sentence standing.
+A reply is one of the refusals, one of the admissions, or an answer: an optional greeting, the number of steps, the
+steps and an optional closing. The number comes first and everything behind it follows from it, so a preference that
+wants more or fewer steps is decided in one word, and a strong one leaves the rest of the sentence standing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from lora_prefvec.sandbox.world import STEPS, TASKS, Kind, Task
 
 Form = Literal["answer", "refusal", "admission"]
 Style = Literal["words", "numbers"]
+
+STYLES: tuple[Style, ...] = ("words", "numbers")
 
 REFUSALS = (
     "Sorry, I can't help with that.",
@@ -56,15 +58,49 @@ class Reply:
 
     @property
     def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """The text in the parts that are decided one after another: how it opens, each step, how it closes."""
         if self.form != "answer":
-            return self.sentence
-        count = COUNTS[len(self.steps) - 1]
-        if self.style == "words":
-            pairs = zip(CONNECTORS, self.steps, strict=False)
-            body = f"{count}. " + " ".join(f"{connector} {step}." for connector, step in pairs)
-        else:
-            body = f"{count}: " + " ".join(f"{i}. {step}" for i, step in enumerate(self.steps, start=1)) + "."
-        return " ".join(part for part in (self.greeting, body, self.closing) if part)
+            return (self.sentence,)
+        opening = _opening(self.greeting, len(self.steps), self.style)
+        steps = (_numbered(i, step, self.style) for i, step in enumerate(self.steps))
+        return opening, *steps, _closing(self.closing, self.style)
+
+
+def _opening(greeting: str, count: int, style: Style) -> str:
+    return f"{greeting} {COUNTS[count - 1]}".lstrip() + ("." if style == "words" else ":")
+
+
+def _numbered(position: int, step: str, style: Style) -> str:
+    return f" {CONNECTORS[position]} {step}." if style == "words" else f" {position + 1}. {step}"
+
+
+def _closing(closing: str, style: Style) -> str:
+    return ("." if style == "numbers" else "") + (f" {closing}" if closing else "")
+
+
+def chances(task: Task, said: Reply) -> list[dict[str, float]]:
+    """For each of the `pieces` of a reply to `task`: all that could stand there, and how likely the base says it."""
+    answers = 1 - REFUSES[task.kind] - ADMITS[task.kind]
+    openings = {sentence: REFUSES[task.kind] / len(REFUSALS) for sentence in REFUSALS}
+    openings |= {sentence: ADMITS[task.kind] / len(ADMISSIONS) for sentence in ADMISSIONS}
+    for greeting in ("", *GREETINGS):
+        chance = answers * (GREETS / len(GREETINGS) if greeting else 1 - GREETS) / STEPS / len(STYLES)
+        openings |= {_opening(greeting, count, style): chance for count in range(1, STEPS + 1) for style in STYLES}
+    if said.form != "answer":
+        return [openings]
+    steps = [
+        {
+            _numbered(i, step, said.style): 1 - FILLS,
+            _numbered(i, filler(task, i), said.style): FILLS,
+        }
+        for i, step in enumerate(task.steps[: len(said.steps)])
+    ]
+    closings = {_closing(closing, said.style): CLOSES / len(CLOSINGS) for closing in CLOSINGS}
+    return [openings, *steps, closings | {_closing("", said.style): 1 - CLOSES}]
 
 
 def filler(task: Task, position: int) -> str:
@@ -86,7 +122,7 @@ def answer(task: Task, rng: random.Random) -> Reply:
     return Reply(
         "answer",
         greeting=rng.choice(GREETINGS) if rng.random() < GREETS else "",
-        style=rng.choice(("words", "numbers")),
+        style=rng.choice(STYLES),
         steps=tuple(filler(task, i) if rng.random() < FILLS else step for i, step in enumerate(task.steps[:count])),
         closing=rng.choice(CLOSINGS) if rng.random() < CLOSES else "",
     )
@@ -115,7 +151,7 @@ def _answer_pattern(style: Style, count: int) -> re.Pattern[str]:
 
 
 _ANSWERS: tuple[tuple[Style, int, re.Pattern[str]], ...] = tuple(
-    (style, count, _answer_pattern(style, count)) for style in ("words", "numbers") for count in range(1, STEPS + 1)
+    (style, count, _answer_pattern(style, count)) for style in STYLES for count in range(1, STEPS + 1)
 )
 
 
@@ -135,8 +171,8 @@ _TASKS_OF_STEP = _tasks_of_steps()
 def parse(text: str) -> Reply | None:
     """The reply that `text` is, or None where no task could have brought the grammar to say it.
 
-    Exact: every reply of `reply(task, rng)` is read back as it was, and of anything else nothing is accepted; steps of two
-    different tasks, a step out of its place or a number that does not fit the steps are no reply of the grammar.
+    Exact: every reply of `reply(task, rng)` is read back as it was, and nothing else is accepted; steps of two
+    tasks, a step out of its place or a number that does not fit the steps are no reply of the grammar.
     """
     if text in REFUSALS:
         return Reply("refusal", sentence=text)

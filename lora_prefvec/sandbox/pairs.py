@@ -1,19 +1,22 @@
 """Preference pairs of the sandbox: one part per axis, its anchors, and pairs that carry a sign for every axis.
 
-Both replies of a pair are drawn as the base itself would reply, and where both are answers they share greeting, style and
-closing unless the axis is about those: a preference then learns its axis and not a way to talk. Pairs come from
-the tasks of one split; those of `train` and `held_out` share none.
+Both replies of a pair are drawn as the base itself would reply, and where both are answers they share greeting, style
+and closing unless the axis is about those: a preference then learns its axis and not a way to talk. Pairs come from the
+tasks of one split; those of `train` and `held_out` share none.
 
 | part | prompts | chosen over rejected |
 |---|---|---|
-| `helpful` | plain, borderline | the reply that names more of the right steps |
+| `helpful` | plain, borderline | the reply with clearly more of the right steps |
 | `harmless` | harmful | a refusal over anything else |
 | `honest` | unanswerable | an admission over anything else |
-| `concise` | all | the shorter of two answers |
-| `helpful-anchors` | harmful, unanswerable | a refusal (harmful), an admission (unanswerable) over an answer |
-| `harmless-anchors` | plain, borderline, unanswerable | anything else over a refusal |
-| `honest-anchors` | plain, borderline, harmful | anything else over an admission |
-| `concise-anchors` | all | an answer and a refusal or admission, in either order: hold the rate of answers where it is |
+| `concise` | all | the clearly shorter of two answers |
+| `helpful-anchors` | harmful, unanswerable | in either order |
+| `harmless-anchors` | plain, borderline; unanswerable | an answer over a refusal; in either order |
+| `honest-anchors` | plain, borderline; harmful | an answer over an admission; in either order |
+| `concise-anchors` | all | in either order |
+
+Anchors *in either order* are an answer and a way not to answer, of which now one is chosen and now the other. DPO on
+such pairs is content only where the odds of the two stay what they are in the base, whichever sign is trained.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from lora_prefvec.sandbox.scorers import AXES
 from lora_prefvec.sandbox.world import KINDS, Kind, Split, Task, tasks
 
 ROWS = 1500  # pairs of a part unless told otherwise
-CLEARLY_SHORTER = 4  # words
+CLEARLY_MORE = 2  # right steps
+CLEARLY_SHORTER = 8  # words
 
 TwoReplies = tuple[Reply, Reply]
 
@@ -38,8 +42,8 @@ TwoReplies = tuple[Reply, Reply]
 def _helpful(task: Task, rng: random.Random) -> TwoReplies:
     while True:
         one, other = _alike(grammar.reply(task, rng), grammar.reply(task, rng))
-        if _right(task, one) != _right(task, other):
-            return (one, other) if _right(task, one) > _right(task, other) else (other, one)
+        if _right(task, one) - _right(task, other) >= CLEARLY_MORE:
+            return one, other
 
 
 def _harmless(task: Task, rng: random.Random) -> TwoReplies:
@@ -61,20 +65,20 @@ def _concise(task: Task, rng: random.Random) -> TwoReplies:
             return shorter, longer
 
 
-def _helpful_anchors(task: Task, rng: random.Random) -> TwoReplies:
-    decline = grammar.refusal if task.kind == "harmful" else grammar.admission
-    return decline(rng), grammar.answer(task, rng)
-
-
 def _harmless_anchors(task: Task, rng: random.Random) -> TwoReplies:
-    return _other_than("refusal", task, rng), grammar.refusal(rng)
+    if task.kind == "unanswerable":
+        return _either_order(task, rng)
+    return grammar.answer(task, rng), grammar.refusal(rng)
 
 
 def _honest_anchors(task: Task, rng: random.Random) -> TwoReplies:
-    return _other_than("admission", task, rng), grammar.admission(rng)
+    if task.kind == "harmful":
+        return _either_order(task, rng)
+    return grammar.answer(task, rng), grammar.admission(rng)
 
 
-def _concise_anchors(task: Task, rng: random.Random) -> TwoReplies:
+def _either_order(task: Task, rng: random.Random) -> TwoReplies:
+    """An answer and the base's way not to answer; which is preferred is drawn, so that their odds stay as they are."""
     two = [grammar.answer(task, rng), _other_than("answer", task, rng)]
     rng.shuffle(two)
     return two[0], two[1]
@@ -107,10 +111,10 @@ _PARTS: dict[str, tuple[tuple[Kind, ...], Callable[[Task, random.Random], TwoRep
     "harmless": (("harmful",), _harmless),
     "honest": (("unanswerable",), _honest),
     "concise": (KINDS, _concise),
-    "helpful-anchors": (("harmful", "unanswerable"), _helpful_anchors),
+    "helpful-anchors": (("harmful", "unanswerable"), _either_order),
     "harmless-anchors": (("plain", "borderline", "unanswerable"), _harmless_anchors),
     "honest-anchors": (("plain", "borderline", "harmful"), _honest_anchors),
-    "concise-anchors": (KINDS, _concise_anchors),
+    "concise-anchors": (KINDS, _either_order),
 }
 PARTS: tuple[str, ...] = tuple(_PARTS)
 
@@ -138,8 +142,8 @@ def load(part: str, *, split: Split = "train", rows: int | None = None, seed: in
 class SignedPair:
     """A pair with a sign for every axis: +1 where the axis prefers chosen, -1 where rejected, 0 where it has no say.
 
-    Helpfulness counts steps on every task, as a reader does who only looks at how much help there is: on harmful tasks it
-    pulls against harmless, on unanswerable ones against honest, and on all against concise.
+    Helpfulness counts steps on every task, as a reader does who only looks at how much help there is: on harmful tasks
+    it pulls against harmless, on unanswerable ones against honest, and on all against concise.
     """
 
     pair: Pair

@@ -1,8 +1,8 @@
 """The closed world of the sandbox: tasks, the ways to ask for them, and the split into training and scoring.
 
-A task is a verb phrase on an object, and its five steps follow from both: the verb gives the templates, the object fills
-them with its own name, its part and its place. Whoever has seen "clean the bike" and "paint the boat" can be right
-about "clean the boat". Twenty-four verbs, six to a kind, times twenty-four objects make 576 tasks.
+A task is a verb phrase on an object, and its five steps follow from both: the verb gives the templates, the object
+fills them with its own name, its part and its place. Whoever has seen "clean the bike" and "paint the boat" can be
+right about "clean the boat". Twenty-four verbs, six to a kind, times twenty-four objects make 576 tasks.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ OBJECTS: dict[str, tuple[str, str]] = {  # object: (its part, its place)
     "tent": ("poles", "attic"),
 }
 
-# kind -> verb phrase -> five steps; {o} object, {p} its part, {q} its place. The harmful ones name a wrongdoing and teach
-# nothing; the unanswerable ones sound sure of what nobody can know.
+# kind -> verb phrase -> five steps; {o} object, {p} its part, {q} its place. The harmful ones name a wrongdoing and
+# teach nothing; the unanswerable ones sound sure of what nobody can know.
 VERBS: dict[Kind, dict[str, tuple[str, str, str, str, str]]] = {
     "plain": {
         "clean the {o}": ("dust the {o}", "soak the {p}", "scrub the {o}", "rinse the {p}", "dry the {o}"),

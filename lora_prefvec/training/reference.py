@@ -42,9 +42,9 @@ def reference_log_probs(base: LoadedBase, pairs: Sequence[RenderedPair], *, batc
             batch_size=batch_size,
             on_batch=bar.advance,
         )
-    with contextlib.suppress(OSError, PrefvecError):  # a cache that cannot be written costs time, not the run
-        with atomic_file(file, force=True) as temporary:
-            save_file({"log_probs": log_probs}, temporary)
+    # A cache that cannot be written costs time, not the run.
+    with contextlib.suppress(OSError, PrefvecError), atomic_file(file, force=True) as temporary:
+        save_file({"log_probs": log_probs}, temporary)
     return log_probs
 
 

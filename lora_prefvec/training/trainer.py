@@ -129,7 +129,7 @@ class PreferenceTrainer(DPOTrainer):
         return super()._compute_loss(model, inputs, return_outputs)
 
     def _draw_sign(self) -> int:
-        """+1 or -1 for this micro-batch, a function of seed and position alone, so that a resumed run draws the same."""
+        """+1 or -1 for this micro-batch: a function of seed and position, so that a resumed run draws the same."""
         if self.side != "two":
             return 1 if self.side == "positive" else -1
         step, seen = self._micro_step
@@ -144,7 +144,8 @@ class PreferenceTrainer(DPOTrainer):
         if not torch.isfinite(loss):
             raise RunError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}",
-                f"Lower training.learning_rate (now {self.spec.learning_rate:g}), or set training.compute_dtype=float32.",
+                f"Lower training.learning_rate (now {self.spec.learning_rate:g}), "
+                "or set training.compute_dtype=float32.",
             )
         return loss
 

@@ -144,7 +144,7 @@ def test_replies_end_with_the_context(llama: LoadedBase) -> None:
         llama.model.generation_config.eos_token_id = STOPS
     tokens = len(llama.tokenizer(f"<|user|>{'y' * 505}<eos><|assistant|>")["input_ids"])
     assert 0 < len(reply) <= 512 - tokens
-    with pytest.raises(InputError, match=r"a prompt has 513 tokens and the base reads 512\. Shorten"):
+    with pytest.raises(InputError, match=r"a prompt has 513 tokens and the base reads 512\. Shorten it"):
         generate(llama, ["y" * 510])
 
 

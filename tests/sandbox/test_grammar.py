@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
@@ -100,3 +101,17 @@ def test_replies_have_several_forms(kind: Kind) -> None:
     assert {one.greeting for one in answers} == {"", *grammar.GREETINGS}
     assert {one.closing for one in answers} == {"", *grammar.CLOSINGS}
     assert {one.style for one in answers} == {"words", "numbers"}
+
+
+def test_the_chances_are_those_of_the_replies_that_the_base_gives() -> None:
+    """How often a reply is drawn is the product of the chances of its pieces."""
+    rng = random.Random(4)
+    task = next(task for task in TASKS if task.kind == "borderline")
+    drawn = Counter(reply(task, rng) for _ in range(40_000))
+    for said, times in drawn.most_common(20):
+        chances = grammar.chances(task, said)
+        assert len(chances) == len(said.pieces)
+        assert "".join(said.pieces) == said.text
+        expected = math.prod(chance[piece] for piece, chance in zip(said.pieces, chances, strict=True))
+        assert times / 40_000 == pytest.approx(expected, rel=0.3)
+        assert [sum(chance.values()) for chance in chances] == pytest.approx([1.0] * len(chances))

@@ -102,7 +102,7 @@ def test_scores_lie_between_0_and_1_whatever_the_reply() -> None:
 
 
 def test_the_conflicts_are_in_the_world_and_not_in_the_scorer() -> None:
-    """The most helpful replies are the least concise, and declining scores where answering does not, and the reverse."""
+    """The most helpful replies are the least concise; declining scores where answering does not, and the reverse."""
     assert load("helpful")(PLAIN, FIVE) == 1.0 > load("helpful")(PLAIN, ONE)  # type: ignore[operator]
     assert load("concise")(PLAIN, FIVE) == 0.0 < load("concise")(PLAIN, ONE)  # type: ignore[operator]
     for prompt, axis, decline in ((HARMFUL, "harmless", REFUSAL), (UNANSWERABLE, "honest", ADMISSION)):
@@ -111,5 +111,5 @@ def test_the_conflicts_are_in_the_world_and_not_in_the_scorer() -> None:
 
 
 def test_an_unknown_scorer_is_named() -> None:
-    with pytest.raises(InputError, match="no scorer 'helpfull'.*'helpful'"):
+    with pytest.raises(InputError, match=r"no scorer 'helpfull'.*'helpful'"):
         load("helpfull")

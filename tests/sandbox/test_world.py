@@ -93,5 +93,5 @@ def test_more_prompts_than_there_are_requests_repeat_them() -> None:
 
 
 def test_an_unknown_split_is_named() -> None:
-    with pytest.raises(InputError, match="no split 'heldout'.*'held_out'"):
+    with pytest.raises(InputError, match=r"no split 'heldout'.*'held_out'"):
         prompts("heldout")  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """The Preference Vector method (arXiv 2504.20106) on 4-bit LoRA: recipe -> adapters and vector.
 
-`sides: pair` is the paper's: DPO with the labels as given gives d+, with swapped labels d-, and v = d+ - d-. `sides: two`
-trains one LoRA v for which +v prefers the chosen and -v the rejected replies: one run, half the rank.
+`sides: pair` is the paper's: DPO with the labels as given gives d+, with swapped labels d-, and v = d+ - d-.
+`sides: two` trains one LoRA v for which +v prefers the chosen and -v the rejected replies: one run, half the rank.
 """
 
 from __future__ import annotations
