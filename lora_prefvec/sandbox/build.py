@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_prefvec.artifact import atomic_folder
-from lora_prefvec.inference import generate, load_base
-from lora_prefvec.inference.base import ComputeDtype, Quantization
 from lora_prefvec.output import out
 from lora_prefvec.progress import progress, quiet_libraries
 from lora_prefvec.sandbox import grammar
@@ -29,6 +27,8 @@ from lora_prefvec.sandbox.world import REQUESTS, TASKS, prompts
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from lora_prefvec.inference.base import ComputeDtype, Quantization
 
 BASE = Path(__file__).parent / "base"
 
@@ -197,6 +197,8 @@ def write(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerF
 
 def measure(folder: Path) -> list[list[Any]]:
     """Scores of the base on held-out prompts, one row each: sampled and greedy, in fp32 and in NF4."""
+    from lora_prefvec.inference import generate, load_base
+
     requests = prompts("held_out", PROMPTS, SEED)
     columns = []
     with progress("scoring the base", 4 * len(requests)) as bar:
