@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_prefvec.errors import InputError, nearest
 
+DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".gz"}
 PREFERENCE = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 
 
 class Section(BaseModel):
     """A part of a recipe; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BaseSpec(Section):
@@ -56,7 +57,7 @@ class LoraSpec(Section):
 
     rank: int = Field(default=16, ge=1, le=512)
     alpha: int = Field(default=32, ge=1)
-    targets: Literal["all-linear"] | list[str] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
 
 
 class TrainingSpec(Section):
@@ -131,7 +132,7 @@ def parse_recipe(text: str, name: str = "recipe", overrides: Sequence[str] = ())
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date such as 2026-13-01 is a ValueError
         mark = getattr(error, "problem_mark", None)
         where = f"{name}, line {mark.line + 1}" if mark else name
         raise InputError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or 'syntax error'})") from error
@@ -140,9 +141,11 @@ def parse_recipe(text: str, name: str = "recipe", overrides: Sequence[str] = ())
     lines = key_lines(node, name)
     changed = {tuple(override(content, text)) for text in overrides}
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError(explain(error, content, name, lines, changed)) from error
+    check_files(recipe, name, lines, changed)
+    return recipe
 
 
 def override(content: dict[str, Any], assignment: str) -> list[str]:
@@ -153,7 +156,7 @@ def override(content: dict[str, Any], assignment: str) -> list[str]:
         raise InputError(f"--set {assignment!r} is no assignment", "Write it as --set training.beta=0.2")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"--set {assignment!r}: the value is not valid YAML") from error
     section = content
     for key in keys[:-1]:
@@ -178,6 +181,30 @@ def key_lines(node: yaml.Node | None, name: str, path: tuple[str, ...] = ()) -> 
     return lines
 
 
+def check_files(recipe: Recipe, name: str, lines: Mapping[tuple[str, ...], int], changed: set[tuple[str, ...]]) -> None:
+    """Raises InputError where the base or a data source is written as a local path and nothing lies there."""
+    named = {("base", "id"): recipe.base.id, ("data", "source"): recipe.data.source}
+    if isinstance(recipe.held_out, DataSpec):
+        named["held_out", "source"] = recipe.held_out.source
+    if recipe.anchors:
+        named["anchors", "source"] = recipe.anchors.source
+    for path, given in named.items():
+        file = Path(given).expanduser()
+        is_path = given.startswith(("/", "./", "../", "~")) or file.suffix in DATA_SUFFIXES
+        if is_path and not file.exists():
+            beside = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
+            hint = nearest(file.name, beside) if beside else f"There is no folder {file.parent}."
+            raise InputError(f"{place(path, name, lines, changed)}: {'.'.join(path)} = {given!r} does not exist", hint)
+
+
+def place(path: tuple[str, ...], name: str, lines: Mapping[tuple[str, ...], int], changed: set[tuple[str, ...]]) -> str:
+    """Where a key was given: `recipe.yaml, line 3`, or the `--set` that changed it."""
+    if any(path[:n] in changed for n in range(1, len(path) + 1)):
+        return f"--set {'.'.join(path)}"
+    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+    return name if line is None else f"{name}, line {line}"
+
+
 def explain(
     error: ValidationError,
     content: Mapping[str, Any],
@@ -197,11 +224,7 @@ def explain(
         if isinstance(inside, Mapping) and (part in inside or (is_last and isinstance(part, str))):
             path = (*path, str(part))
             inside = inside.get(part)
-    if path in changed:
-        where = f"--set {'.'.join(path)}"
-    else:
-        line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-        where = name if line is None else f"{name}, line {line}"
+    where = place(path, name, lines, changed)
     key = ".".join(path)
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key {key!r}. {nearest(path[-1], known_keys(path[:-1]))}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +14,14 @@ REPOSITORY = Path(__file__).parent.parent
 # No deadline per example: a loaded machine is slow, not wrong.
 hypothesis.settings.register_profile("prefvec", deadline=None)
 hypothesis.settings.load_profile("prefvec")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Reference log-probabilities are cached apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFVEC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session")

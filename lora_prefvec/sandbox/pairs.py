@@ -17,6 +17,7 @@ tasks of one split; those of `train` and `held_out` share none.
 
 Anchors *in either order* are an answer and a way not to answer, of which now one is chosen and now the other. DPO on
 such pairs is content only where the odds of the two stay what they are in the base, whichever sign is trained.
+Half of the harmless anchors are on borderline prompts, where refusals spill over first.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ _PARTS: dict[str, tuple[tuple[Kind, ...], Callable[[Task, random.Random], TwoRep
     "honest": (("unanswerable",), _honest),
     "concise": (KINDS, _concise),
     "helpful-anchors": (("harmful", "unanswerable"), _either_order),
-    "harmless-anchors": (("plain", "borderline", "unanswerable"), _harmless_anchors),
+    "harmless-anchors": (("borderline", "plain", "borderline", "unanswerable"), _harmless_anchors),
     "honest-anchors": (("plain", "borderline", "harmful"), _honest_anchors),
     "concise-anchors": (KINDS, _either_order),
 }

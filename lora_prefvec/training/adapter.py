@@ -11,8 +11,10 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from lora_prefvec.errors import InputError, nearest
 from lora_prefvec.recipe import LoraSpec
 from lora_prefvec.vector import BaseIdentity, LowRankDelta, PreferenceVector
 
@@ -28,6 +30,24 @@ def lora_config(spec: LoraSpec) -> LoraConfig:
         lora_dropout=0.0,
         target_modules=spec.targets if isinstance(spec.targets, str) else list(spec.targets),
     )
+
+
+def check_targets(model: Any, spec: LoraSpec) -> None:
+    """Whether `lora.targets` names linear layers of the base, the head not among them.
+
+    Raises:
+        InputError: a target that names none, or something else as well.
+    """
+    linear = {
+        name: isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+        for name, module in model.named_modules()
+    }
+    for target in spec.targets if isinstance(spec.targets, list) else []:
+        if {fits for name, fits in linear.items() if f".{name}".endswith(f".{target}")} != {True}:
+            known = {name.rpartition(".")[2] for name, fits in linear.items() if fits}
+            raise InputError(
+                f"lora.targets: {target!r} is no linear layer of the base below its head", nearest(target, known)
+            )
 
 
 def layers(model: Any) -> Iterator[tuple[str, LoraLayer]]:

@@ -1,4 +1,4 @@
-"""The base's log-probabilities of all replies, computed once for both signs, every beta, rank and seed."""
+"""The base's log-probabilities of all replies, computed once for both signs, every beta and every rank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def reference_log_probs(base: LoadedBase, pairs: Sequence[RenderedPair], *, batc
     Returns:
         [n, 2] float32: log pi_ref(chosen | prompt), log pi_ref(rejected | prompt), summed over the reply.
     """
-    file = cache_folder() / f"{cache_key(base, pairs)}.safetensors"
+    file = cache_folder() / f"{cache_key(base, pairs, batch_size)}.safetensors"
     with contextlib.suppress(OSError, SafetensorError, KeyError):
         cached = load_file(file)["log_probs"]
         if cached.shape == (len(pairs), 2):
@@ -48,8 +48,8 @@ def reference_log_probs(base: LoadedBase, pairs: Sequence[RenderedPair], *, batc
     return log_probs
 
 
-def cache_key(base: LoadedBase, pairs: Sequence[RenderedPair]) -> str:
-    """A hash of all that determines the result: the base's weights and arithmetic, and the token ids.
+def cache_key(base: LoadedBase, pairs: Sequence[RenderedPair], batch_size: int) -> str:
+    """A hash of all that determines the result bit for bit: the base's weights and arithmetic, and the token ids.
 
     Files of the Hub's cache are known by their content's hash, others by size and time of change.
     """
@@ -59,7 +59,7 @@ def cache_key(base: LoadedBase, pairs: Sequence[RenderedPair]) -> str:
         known = blob.name if blob.parent.name == "blobs" else f"{blob}:{facts.st_size}:{facts.st_mtime_ns}"
         weights.append((file.name, known))
     digest = hashlib.sha256()
-    facts_of_base = [weights, base.quantization, str(base.model.dtype), base.device.type, torch.__version__]
+    facts_of_base = [weights, base.quantization, str(base.model.dtype), base.device.type, torch.__version__, batch_size]
     digest.update(json.dumps(facts_of_base).encode())
     for pair in pairs:
         digest.update(json.dumps(asdict(pair)).encode())

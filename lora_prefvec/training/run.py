@@ -21,8 +21,10 @@ from lora_prefvec.recipe import Recipe, TrainingSpec
 from lora_prefvec.training import adapter
 from lora_prefvec.training.health import Watch
 from lora_prefvec.training.prepare import Prepared
-from lora_prefvec.training.trainer import PreferenceTrainer, Side, StopOnInterrupt, checkpoints
+from lora_prefvec.training.trainer import FACTORS, PreferenceTrainer, Side, StopOnInterrupt, checkpoints
 from lora_prefvec.vector import BaseIdentity, LowRankDelta, PreferenceVector
+
+FINISHED = "finished"  # the folder that keeps the result of a run until its artifact is written
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def run_side(
         Interrupted: Ctrl-C; a checkpoint is written.
         RunError: the loss is no longer a number, or the device has too little memory.
     """
-    done = folder / "finished"
+    done = folder / FINISHED
     if done.is_dir():
         return read_finished(done, identity)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,16 +72,23 @@ def run_side(
             )
             trainer.add_callback(watch)
             trainer.add_callback(stop)
-            trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+            if latest and past >= steps:  # killed before its result was written; Trainer would take one step too many
+                adapter.load_factors(trainer.model, latest / FACTORS)
+                if prepared.held_out:
+                    watch.measure(past)
+            else:
+                trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+                past = trainer.state.global_step
             clock.save()
-        if stop.stopped and trainer.state.global_step < steps:
+        if past == steps:
+            accuracy = watch.history[-1]["accuracy"] if watch.history else None
+            found = adapter.vector(trainer.model, identity)
+            finished = Finished(found, accuracy, steps, clock.seconds, peak_memory(base))
+            write_finished(done, finished)
+        if stop.stopped:
             raise Interrupted(
-                f"stopped at step {trainer.state.global_step} of {steps}; all of it is saved",
-                "Go on with the same command and --resume.",
+                f"stopped at step {past} of {steps}; all of it is saved", "Go on with the same command and --resume."
             )
-        accuracy = watch.history[-1]["accuracy"] if watch.history else None
-        finished = Finished(adapter.vector(trainer.model, identity), accuracy, steps, clock.seconds, peak_memory(base))
-        write_finished(done, finished)
     except torch.OutOfMemoryError as error:
         raise RunError(
             "the GPU has too little memory for this recipe",

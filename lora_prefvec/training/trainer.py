@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -57,6 +58,11 @@ class PreferenceTrainer(DPOTrainer):
         self.side = side
         self.spec = spec
         self._micro_step = (-1, 0)  # (optimiser step, micro-batches seen in it)
+        config = base.model.config
+        self._settings = [
+            (part, dict(vars(part))) for part in (config, config.get_text_config(), base.model.generation_config)
+        ]
+        self._own = set(vars(base.model))
         on_cpu = base.device.type == "cpu"
         super().__init__(
             model=base.model,
@@ -98,6 +104,8 @@ class PreferenceTrainer(DPOTrainer):
             peft_config=adapter.lora_config(lora),
         )
         self.remove_callback(PrinterCallback)
+        # TRL hooks into the embeddings and `train` does so once more, forgetting the first hook.
+        self.model.get_base_model().disable_input_require_grads()
         # TRL has cast the factors to bf16, where updates of a DPO learning rate round away; they start anew in fp32.
         adapter.start(self.model, spec.seed)
         self.precompute_ref_logps = True
@@ -106,10 +114,14 @@ class PreferenceTrainer(DPOTrainer):
         """Take the adapter and every patch off the base, so that the next run finds it as it was loaded."""
         bare = self.model.get_base_model()
         self.model.unload()
-        bare.__dict__.pop("forward", None)  # TRL's fused head
         if self.args.gradient_checkpointing:
             bare.gradient_checkpointing_disable()
             bare.disable_input_require_grads()
+        for name in vars(bare).keys() - self._own:  # such as TRL's forward
+            delattr(bare, name)
+        for part, before in self._settings:  # the cache is off, for one
+            vars(part).clear()
+            vars(part).update(before)
         bare.requires_grad_(False)
         bare.eval()
 
@@ -142,16 +154,20 @@ class PreferenceTrainer(DPOTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            raise RunError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}",
-                f"Lower training.learning_rate (now {self.spec.learning_rate:g}), "
-                "or set training.compute_dtype=float32.",
-            )
+            raise self._diverged(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
         return loss
+
+    def _diverged(self, what: str) -> RunError:
+        return RunError(
+            what,
+            f"Lower training.learning_rate (now {self.spec.learning_rate:g}), or set training.compute_dtype=float32.",
+        )
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not all(bool(torch.isfinite(factor).all()) for factor in adapter.trainable(self.model).values()):
+            raise self._diverged(f"the factors are no longer numbers after step {self.state.global_step}")
         run = Path(self.args.output_dir)
         older = checkpoints(run)
         with atomic_folder(run / f"checkpoint-{self.state.global_step}", force=True) as folder:
@@ -196,13 +212,12 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that a kill half-way leaves nothing that reads as complete."""
-    import shutil
-
-    hidden = folder.with_name(f".{folder.name}.removed")
+    """Remove a folder so that a kill half-way leaves nothing that reads as complete; the next call clears that up."""
+    hidden = folder.with_name(f".{folder.name.lstrip('.')}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
-    folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.exists():
+        folder.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -40,7 +40,7 @@ from lora_prefvec.training import train  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(os.environ.get("PREFVEC_SHARED", Path(__file__).parents[3] / "shared"))
-PROMPT_TOKENS, REPLY_TOKENS = 160, 128
+PROMPT_TOKENS, REPLY_TOKENS = 96, 96
 RECIPE = """
 preference: {name}
 base: {{id: {base}}}
@@ -50,7 +50,7 @@ training:
   sides: pair
   learning_rate: 2.0e-4
   batch_size: 16
-  micro_batch_size: 4
+  micro_batch_size: 2
   gradient_checkpointing: false
   max_prompt_tokens: {prompt}
   max_reply_tokens: {reply}

@@ -94,6 +94,25 @@ def main() -> None:
     table = "\n".join([HEADER, *(line(row) for row in rows)]) + "\n"
     (RESULTS / "sandbox_axes.md").write_text(table, encoding="utf-8")
     print(table)
+    if arguments.ship:
+        index = INDEX + "\n".join(
+            f"| [`sandbox-{row['axis']}`](sandbox-{row['axis']}) | {row['axis']} | sandbox | {row['scores'][2]:.2f} "
+            f"| {row['scores'][4]:.2f} | {row['over_refusal_at_1']:+.2f} | {row['lowest_fluency']:.3f} |"
+            for row in rows
+            if row["sides"] == "two"
+        )
+        (shipped("adapters") / "README.md").write_text(index + "\n", encoding="utf-8")
+
+
+INDEX = """# Shipped preference vectors
+
+Trained on the embedded sandbox base by the recipes of the same names, two-sided. A name stands for its folder wherever a
+vector is asked for: `prefvec chat sandbox-helpful=1 sandbox-harmless=0.5`. Scores are those of its own axis on 400 prompts
+about tasks that no preference was trained on; `python tests/bench/sandbox_axes.py --ship` makes vectors and table again.
+
+| name | preference | base | score at 0 | score at 1 | over-refusal at 1 | lowest fluency, -1 to 1.5 |
+|---|---|---|---|---|---|---|
+"""
 
 
 def judge(axis: str, points: list[Point]) -> dict[str, object]:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,19 +15,24 @@ from lora_prefvec.artifact import (
     Parent,
     Provenance,
     TrainingFacts,
+    atomic_file,
     atomic_folder,
     base_identity,
     check_target,
     fill_adapter,
+    read_adapter,
     resolve_base,
 )
 from lora_prefvec.errors import InputError
 from lora_prefvec.inference import LiveMixer, LoadedBase, load_base, pair_log_probs, preference_accuracy
 from lora_prefvec.recipe import Recipe, parse_recipe
-from lora_prefvec.training.prepare import Prepared, load_pairs, prepare
-from lora_prefvec.training.run import Finished, run_side
+from lora_prefvec.training.adapter import check_targets
+from lora_prefvec.training.prepare import Pairs, Prepared, load_pairs, prepare
+from lora_prefvec.training.run import FINISHED, Finished, run_side
+from lora_prefvec.training.trainer import Side, remove_folder
 from lora_prefvec.vector import BaseIdentity, PreferenceVector, extract
 
+SIDES: dict[str, tuple[Side, ...]] = {"two": ("two",), "pair": ("positive", "negative")}
 LIBRARIES = ("lora-prefvec", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
@@ -63,34 +68,53 @@ def train(
         InputError: bad recipe, data, base or place; nothing was trained.
         Interrupted, RunError: as `run_side`.
     """
+    if resume and not force and (complete := completed(check_target(out, force=True), recipe)):
+        return complete
     target = check_target(out, force)
     work = claim_work(target, recipe, resume=resume, force=force)
     pairs = load_pairs(recipe)
+    check_data(work, pairs)
     if base is None:
         base = load_base(
             resolve_base(recipe.base.id, recipe.base.revision),
             quantization=recipe.base.quantization,
             compute_dtype=recipe.training.compute_dtype,
         )
+    check_targets(base.model, recipe.lora)
     identity = base_identity(recipe.base.id, recipe.base.revision, recipe.base.quantization)
     prepared = prepare(recipe, pairs, base)
-    work.mkdir(exist_ok=True)
-    (work / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    if recipe.training.sides == "two":
-        runs = [run_side(base, prepared, recipe, "two", work / "two", identity)]
-        vector = runs[0].vector
-    else:
-        runs = [run_side(base, prepared, recipe, side, work / side, identity) for side in ("positive", "negative")]
-        vector = extract(runs[0].vector, runs[1].vector)
+    work.mkdir(parents=True, exist_ok=True)
+    for name, text in (("recipe.yaml", recipe.to_yaml()), ("data.json", data_hashes(pairs))):
+        with atomic_file(work / name, force=True) as file:
+            file.write_text(text, encoding="utf-8")
+    runs = [run_side(base, prepared, recipe, side, work / side, identity) for side in SIDES[recipe.training.sides]]
+    vector = runs[0].vector if len(runs) == 1 else extract(runs[0].vector, runs[1].vector)
     metrics = measure(base, prepared, vector)
     write(target, recipe, base, prepared, identity, runs, vector, metrics, force=force)
-    shutil.rmtree(work, ignore_errors=True)
+    remove_folder(work)
     return Trained(target, vector, metrics)
+
+
+def work_folder(target: Path) -> Path:
+    """The hidden folder of work in progress on `target`."""
+    return target.with_name(f".{target.name}.training")
+
+
+def completed(target: Path, recipe: Recipe) -> Trained | None:
+    """What lies at `target` if this recipe made it: its run was killed between its last write and its clearing up."""
+    file, work = target / "recipe.yaml", work_folder(target)
+    if not file.is_file() or file.read_text(encoding="utf-8") != recipe.to_yaml():
+        return None
+    if work.exists() and not all((work / side / FINISHED).is_dir() for side in SIDES[recipe.training.sides]):
+        return None
+    adapter = read_adapter(target)
+    remove_folder(work)
+    return Trained(target, adapter.vector, adapter.provenance.metrics if adapter.provenance else {})
 
 
 def claim_work(target: Path, recipe: Recipe, *, resume: bool, force: bool) -> Path:
     """The hidden folder of work in progress, after making sure that it belongs to this recipe."""
-    work = target.with_name(f".{target.name}.training")
+    work = work_folder(target)
     if not work.exists():
         return work
     if not resume:
@@ -99,17 +123,12 @@ def claim_work(target: Path, recipe: Recipe, *, resume: bool, force: bool) -> Pa
                 f"an unfinished run for {target} is there",
                 "Go on with --resume, or start again with --force.",
             )
-        shutil.rmtree(work)
+        remove_folder(work)
         return work
     file = work / "recipe.yaml"
-    if file.is_file() and file.read_text(encoding="utf-8"):
-        before = parse_recipe(file.read_text(encoding="utf-8"), str(file))
-        changed = [
-            f"{section}.{key}" if isinstance(old, dict) else section
-            for section, old in before.model_dump().items()
-            for key in (old if isinstance(old, dict) else [""])
-            if (old[key] if isinstance(old, dict) else old) != pick(recipe.model_dump()[section], key)
-        ]
+    if file.is_file():
+        before, now = keys(parse_recipe(file.read_text(encoding="utf-8"), str(file))), keys(recipe)
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if changed:
             raise InputError(
                 f"the unfinished run for {target} was made with another recipe ({', '.join(changed)} differ)",
@@ -118,9 +137,26 @@ def claim_work(target: Path, recipe: Recipe, *, resume: bool, force: bool) -> Pa
     return work
 
 
-def pick(section: object, key: str) -> object:
-    """`section[key]` where the section is a mapping, else the section itself."""
-    return section.get(key) if isinstance(section, dict) else section
+def keys(recipe: Recipe) -> dict[str, object]:
+    """A recipe's values by dotted key."""
+    found: dict[str, object] = {}
+    for name, value in recipe.model_dump().items():
+        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
+def data_hashes(pairs: Pairs) -> str:
+    """What tells whether a run goes on with the data that it began with."""
+    return json.dumps([facts.sha256 for facts in (pairs.data, pairs.anchor_facts) if facts])
+
+
+def check_data(work: Path, pairs: Pairs) -> None:
+    """Raises InputError where an unfinished run was made with other data."""
+    file = work / "data.json"
+    if file.is_file() and file.read_text(encoding="utf-8") != data_hashes(pairs):
+        raise InputError(
+            "the data have changed since the unfinished run was made", "Put them back, or start again with --force."
+        )
 
 
 def measure(base: LoadedBase, prepared: Prepared, vector: PreferenceVector) -> dict[str, float | None]:
