@@ -61,9 +61,14 @@ class LoraSpec(Section):
 
 
 class TrainingSpec(Section):
-    """How the adapter is trained; `batch_size` pairs make one optimiser step, `micro_batch_size` one forward."""
+    """How the adapter is trained; `batch_size` pairs make one optimiser step, `micro_batch_size` one forward.
+
+    A two-sided run trains the vector at coefficients of +-1, and as often at +-`reach` where that is more: text then
+    stays whole when the slider goes that far.
+    """
 
     sides: Literal["two", "pair"] = "two"
+    reach: float = Field(default=1.0, ge=1.0, le=4.0)
     beta: float = Field(default=0.1, gt=0)
     sft_weight: float = Field(default=0.0, ge=0)
     learning_rate: float = Field(default=1e-4, gt=0)
@@ -84,9 +89,11 @@ class TrainingSpec(Section):
     checkpoint_every: int = Field(default=50, gt=0)
 
     @model_validator(mode="after")
-    def _micro_batches_fill_a_batch(self) -> TrainingSpec:
+    def _fits_together(self) -> TrainingSpec:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        if self.sides == "pair" and self.reach != 1.0:
+            raise ValueError("reach is for sides: two; a pair trains each side at 1")
         return self
 
 
@@ -192,14 +199,15 @@ def check_files(recipe: Recipe, name: str, lines: Mapping[tuple[str, ...], int],
         file = Path(given).expanduser()
         is_path = given.startswith(("/", "./", "../", "~")) or file.suffix in DATA_SUFFIXES
         if is_path and not file.exists():
-            beside = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
+            beside = [entry.name for entry in file.parent.glob("[!.]*")] if file.parent.is_dir() else []
             hint = nearest(file.name, beside) if beside else f"There is no folder {file.parent}."
             raise InputError(f"{place(path, name, lines, changed)}: {'.'.join(path)} = {given!r} does not exist", hint)
 
 
 def place(path: tuple[str, ...], name: str, lines: Mapping[tuple[str, ...], int], changed: set[tuple[str, ...]]) -> str:
     """Where a key was given: `recipe.yaml, line 3`, or the `--set` that changed it."""
-    if any(path[:n] in changed for n in range(1, len(path) + 1)):
+    is_new = path not in lines and any(given[: len(path)] == path for given in changed)
+    if is_new or any(path[:n] in changed for n in range(1, len(path) + 1)):
         return f"--set {'.'.join(path)}"
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
     return name if line is None else f"{name}, line {line}"

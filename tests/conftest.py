@@ -9,6 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.forks import Warm
+
 REPOSITORY = Path(__file__).parent.parent
 
 # No deadline per example: a loaded machine is slow, not wrong.
@@ -67,6 +69,13 @@ def tiny_gpt2(tiny_model: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="session")
 def tiny_phi3(tiny_model: Callable[[str], Path]) -> Path:
     return tiny_model("phi3")
+
+
+@pytest.fixture(scope="session")
+def warm(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """A process that has imported everything, and forks a `prefvec` in no time."""
+    with Warm(tmp_path_factory.mktemp("warm"), {}) as process:
+        yield process
 
 
 @pytest.fixture(scope="session")

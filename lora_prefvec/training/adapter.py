@@ -74,10 +74,10 @@ def start(model: Any, seed: int) -> None:
         B.data = torch.zeros(B.shape, dtype=torch.float32, device=B.device)
 
 
-def set_sign(model: Any, sign: int) -> None:
-    """Apply the adapter as it is (+1) or negated (-1)."""
+def set_coefficient(model: Any, coefficient: float) -> None:
+    """Apply the adapter that many times: 1 as it is, -1 negated."""
     for _, layer in layers(model):
-        layer.scaling[ADAPTER] = sign * layer.lora_alpha[ADAPTER] / layer.r[ADAPTER]
+        layer.scaling[ADAPTER] = coefficient * layer.lora_alpha[ADAPTER] / layer.r[ADAPTER]
 
 
 def vector(model: Any, identity: BaseIdentity | None) -> PreferenceVector:

@@ -34,7 +34,7 @@ class Watch(TrainerCallback):
         side: Side,
         held_out: list[RenderedPair],
         reference: Tensor,
-        every: int | None,
+        every: int,
         bar: Progress,
     ) -> None:
         self.trainer, self.side, self.held_out, self.reference = trainer, side, held_out, reference
@@ -51,13 +51,13 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         last = state.global_step >= state.max_steps
-        if self.held_out and (last or (self.every and state.global_step % self.every == 0)):
+        if self.held_out and (last or state.global_step % self.every == 0):
             self.measure(state.global_step)
         self.bar.advance(info=", ".join(filter(None, (self._loss, self._measured))))
 
     def measure(self, step: int) -> PreferenceAccuracy:
         """Held-out accuracy of the adapter as it stands, against the labels as given."""
-        adapter.set_sign(self.trainer.model, 1)
+        adapter.set_coefficient(self.trainer.model, 1.0)
         policy = pair_log_probs(
             self.trainer.model,
             self.held_out,

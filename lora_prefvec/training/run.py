@@ -67,9 +67,8 @@ def run_side(
     clock = Clock(folder / "seconds")
     try:
         with StopOnInterrupt() as stop, progress(f"{recipe.preference} {side}", steps, start=past) as bar:
-            watch = Watch(
-                trainer, side, prepared.held_out, prepared.held_out_reference, spec.evaluate_every or steps, bar
-            )
+            every = spec.evaluate_every or max(steps // 4, 1)  # a collapse shows only against an earlier measurement
+            watch = Watch(trainer, side, prepared.held_out, prepared.held_out_reference, every, bar)
             trainer.add_callback(watch)
             trainer.add_callback(stop)
             if latest and past >= steps:  # killed before its result was written; Trainer would take one step too many

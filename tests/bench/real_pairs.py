@@ -4,8 +4,8 @@
 
 Trains both preferences as the paper does (two runs each), then reports held-out preference accuracy (implicit reward
 against the base) of d+, d- and of the vector at several coefficients, the cosine of the two vectors, and replies to ten
-everyday questions at several mixes. Writes tests/bench/results/real_pairs.json and .md. The base and the pairs are read from
-$PREFVEC_SHARED, or the folder `shared` beside the checkout. About half an hour on one core.
+everyday questions at several mixes. Writes tests/bench/results/real_pairs.json and .md. The base and the pairs are read
+from $PREFVEC_SHARED, or the folder `shared` beside the checkout. About half an hour on one core.
 """
 
 from __future__ import annotations

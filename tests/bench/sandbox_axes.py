@@ -106,9 +106,10 @@ def main() -> None:
 
 INDEX = """# Shipped preference vectors
 
-Trained on the embedded sandbox base by the recipes of the same names, two-sided. A name stands for its folder wherever a
-vector is asked for: `prefvec chat sandbox-helpful=1 sandbox-harmless=0.5`. Scores are those of its own axis on 400 prompts
-about tasks that no preference was trained on; `python tests/bench/sandbox_axes.py --ship` makes vectors and table again.
+Trained on the embedded sandbox base by the recipes of the same names, two-sided. A name stands for its folder wherever
+a vector is asked for: `prefvec chat sandbox-helpful=1 sandbox-harmless=0.5`. Scores are those of its own axis on 400
+prompts about tasks that no preference was trained on. `python tests/bench/sandbox_axes.py --ship` makes vectors and
+table again.
 
 | name | preference | base | score at 0 | score at 1 | over-refusal at 1 | lowest fluency, -1 to 1.5 |
 |---|---|---|---|---|---|---|

@@ -33,7 +33,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watch]:
     def make(side: Any, *seen: torch.Tensor, **spec: Any) -> Watch:
         remaining = iter(seen)
         monkeypatch.setattr(health, "pair_log_probs", lambda *_, **__: next(remaining))
-        monkeypatch.setattr(health.adapter, "set_sign", lambda *_: None)
+        monkeypatch.setattr(health.adapter, "set_coefficient", lambda *_: None)
         trainer = SimpleNamespace(
             model=None,
             processing_class=SimpleNamespace(pad_token_id=0),

@@ -22,9 +22,7 @@ def with_anchors(recipe: Recipe, file: Path, **more: object) -> Recipe:
     return Recipe.model_validate(recipe.model_dump() | {"anchors": {"source": str(file), **more}})
 
 
-def test_anchors_make_their_share_and_keep_their_labels(
-    recipe: MakeRecipe, nf4: LoadedBase, tmp_path: Path
-) -> None:
+def test_anchors_make_their_share_and_keep_their_labels(recipe: MakeRecipe, nf4: LoadedBase, tmp_path: Path) -> None:
     anchors = write_pairs(tmp_path / "anchors.jsonl", rows=10, seed=1)
     for share, swapped, count in ((0.5, False, 32), (0.2, True, 8)):
         wanted = with_anchors(recipe(), anchors, share=share, swapped=swapped)

@@ -135,9 +135,7 @@ def test_anchors_are_repeated_up_to_their_share(recipe: MakeRecipe, nf4: LoadedB
     assert facts["training"]["anchor_share"] == 0.5
 
 
-def test_a_run_over_epochs_takes_as_many_steps_as_foretold(
-    recipe: MakeRecipe, nf4: LoadedBase, tmp_path: Path
-) -> None:
+def test_a_run_over_epochs_takes_as_many_steps_as_foretold(recipe: MakeRecipe, nf4: LoadedBase, tmp_path: Path) -> None:
     wanted = recipe(max_steps=None, epochs=1.5, batch_size=6)  # 32 pairs: 6 steps an epoch, the last of 2 pairs
     made = train(wanted, tmp_path / "out", base=nf4)
     assert json.loads((made.folder / "prefvec.json").read_text())["training"]["steps"] == 9

@@ -29,9 +29,7 @@ def rows(recipe: MakeRecipe, nf4: LoadedBase) -> Dataset:
 
 
 def factors(trainer: PreferenceTrainer, part: str) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().clone() for name, tensor in adapter.trainable(trainer.model).items() if part in name
-    }
+    return {name: tensor.detach().clone() for name, tensor in adapter.trainable(trainer.model).items() if part in name}
 
 
 def first_batches(trainer: PreferenceTrainer, count: int) -> list[dict[str, Tensor]]:
@@ -85,8 +83,8 @@ def test_both_signs_begin_with_the_same_adapter_and_the_same_batches(
 def drawn_signs(trainer: PreferenceTrainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The signs of a whole training."""
     signs: list[int] = []
-    original = trainer._draw_sign
-    monkeypatch.setattr(trainer, "_draw_sign", lambda: signs.append(original()) or signs[-1])
+    original = trainer._draw_coefficient
+    monkeypatch.setattr(trainer, "_draw_coefficient", lambda: signs.append(original()) or signs[-1])
     trainer.train()
     return signs
 
@@ -178,12 +176,12 @@ def test_minus_v_has_the_loss_of_swapped_labels(
     for example in by_hand[:2]:
         for kept, other in (("chosen_ids", "rejected_ids"), ("ref_chosen_logps", "ref_rejected_logps")):
             example[kept], example[other] = example[other], example[kept]
-    monkeypatch.setattr(learned, "_draw_sign", lambda: 1)
+    monkeypatch.setattr(learned, "_draw_coefficient", lambda: 1)
     given, _ = loss_and_gradient(learned, examples)
-    monkeypatch.setattr(learned, "_draw_sign", lambda: -1)
+    monkeypatch.setattr(learned, "_draw_coefficient", lambda: -1)
     minus, gradient = loss_and_gradient(learned, examples)
     # The same by hand: labels exchanged in the data, the adapter negated in its factor B.
-    monkeypatch.setattr(learned, "_draw_sign", lambda: 1)
+    monkeypatch.setattr(learned, "_draw_coefficient", lambda: 1)
     for name in factors(learned, "lora_B"):
         learned.model.get_parameter(name).data.neg_()
     expected, expected_gradient = loss_and_gradient(learned, by_hand)
@@ -200,7 +198,7 @@ def test_the_loss_is_that_of_dpo(learned: PreferenceTrainer, rows: Dataset, monk
     from lora_prefvec.inference import RenderedPair, pair_log_probs
 
     examples = [rows[i] for i in range(3)]
-    monkeypatch.setattr(learned, "_draw_sign", lambda: 1)
+    monkeypatch.setattr(learned, "_draw_coefficient", lambda: 1)
     found, _ = loss_and_gradient(learned, examples)
     pairs = [RenderedPair(*(one[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))) for one in examples]
     policy = pair_log_probs(learned.model, pairs, pad_token_id=256)
