@@ -38,10 +38,10 @@ RESULTS = Path(__file__).parent / "results"
 COEFFICIENTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 # d+ - d- is about twice as long as one side of it, so a pair is trained at a lower rate for the same effect at 1.
 PAIR = {
-    "helpful": ["training.learning_rate=2e-4"],
-    "harmless": ["training.learning_rate=1.3e-4"],
-    "honest": ["training.learning_rate=7e-5"],
-    "concise": ["training.learning_rate=2e-4"],
+    "helpful": ["training.reach=1", "training.learning_rate=2e-4"],
+    "harmless": ["training.reach=1", "training.learning_rate=1.25e-4"],
+    "honest": ["training.reach=1", "training.learning_rate=1e-4"],
+    "concise": ["training.reach=1", "training.learning_rate=1.65e-4"],
 }
 
 
@@ -84,6 +84,7 @@ def main() -> None:
             rows.append(row)
             print(line(row), flush=True)
     RESULTS.mkdir(exist_ok=True)
+    rows = merged(RESULTS / "sandbox_axes.json", rows)
     results = {
         "command": "python tests/bench/sandbox_axes.py",
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, compute {base.model.dtype}",
@@ -114,6 +115,13 @@ table again.
 | name | preference | base | score at 0 | score at 1 | over-refusal at 1 | lowest fluency, -1 to 1.5 |
 |---|---|---|---|---|---|---|
 """
+
+
+def merged(file: Path, rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """New rows in the place of older ones of the same axis and sides, in the order of the table."""
+    older = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    by_key = {(row["axis"], row["sides"]): row for row in [*older, *rows]}
+    return [by_key[key] for axis in AXES for sides in ("two", "pair") if (key := (axis, sides)) in by_key]
 
 
 def judge(axis: str, points: list[Point]) -> dict[str, object]:

@@ -75,15 +75,14 @@ def test_the_base_is_as_before_after_a_run_that_failed(
     assert_unchanged(base.model, before)
 
 
-@pytest.mark.parametrize("sides", ["two", "pair"])
 def test_a_second_training_gives_the_same_bytes_as_one_on_a_fresh_base(
-    sides: str, trained: Callable[..., Trained], tiny_llama: Path, recipe: MakeRecipe, tmp_path: Path
+    tiny_llama: Path, recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     base = load_base(tiny_llama, device="cpu")
-    train(recipe(sides="pair", seed=5, max_steps=3), tmp_path / "other", base=base)
-    second = train(recipe(sides=sides), tmp_path / "second", base=base)
-    fresh = train(recipe(sides=sides), tmp_path / "fresh")
-    assert weights_hash(second.folder) == weights_hash(fresh.folder) == weights_hash(trained(sides).folder)
+    train(recipe(sides="two", seed=5, max_steps=3, gradient_checkpointing=True), tmp_path / "other", base=base)
+    second = train(recipe(sides="pair", max_steps=4), tmp_path / "second", base=base)
+    fresh = train(recipe(sides="pair", max_steps=4), tmp_path / "fresh")
+    assert weights_hash(second.folder) == weights_hash(fresh.folder)
 
 
 def gradients(trainer: PreferenceTrainer) -> Tensor:

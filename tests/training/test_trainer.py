@@ -80,9 +80,9 @@ def test_both_signs_begin_with_the_same_adapter_and_the_same_batches(
     )
 
 
-def drawn_signs(trainer: PreferenceTrainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The signs of a whole training."""
-    signs: list[int] = []
+def drawn_signs(trainer: PreferenceTrainer, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The coefficients of a whole training."""
+    signs: list[float] = []
     original = trainer._draw_coefficient
     monkeypatch.setattr(trainer, "_draw_coefficient", lambda: signs.append(original()) or signs[-1])
     trainer.train()
@@ -113,6 +113,18 @@ def test_signs_are_balanced_and_a_function_of_seed_and_position(
     assert all(sum(signs[i : i + 2]) == 0 for signs in drawn for i in range(0, 64, 2))
     assert 8 < sum(sign > 0 for sign in drawn[0][::2]) < 24  # which of two comes first is drawn, too
     assert drawn[0] == drawn[1] == drawn[2] != drawn[3]
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_reach_is_drawn_as_often_as_one(
+    recipe: MakeRecipe, nf4: LoadedBase, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(reach=2.0, max_steps=32, checkpoint_every=1000)
+    with trainer_of(wanted, nf4, "two", tmp_path, rows) as trainer:
+        drawn = drawn_signs(trainer, monkeypatch)
+    assert set(drawn) == {1.0, -1.0, 2.0, -2.0}
+    assert all(sum(drawn[i : i + 2]) == 0 for i in range(0, 64, 2))
+    assert 16 < sum(abs(coefficient) == 2.0 for coefficient in drawn) < 48
 
 
 @pytest.mark.usefixtures("instant")
@@ -167,30 +179,31 @@ def loss_and_gradient(trainer: PreferenceTrainer, examples: list[dict[str, Any]]
     return loss.detach(), torch.cat(gradients)
 
 
+@pytest.mark.parametrize("coefficient", [-1.0, 2.0, -2.0])
 def test_minus_v_has_the_loss_of_swapped_labels(
-    learned: PreferenceTrainer, rows: Dataset, monkeypatch: pytest.MonkeyPatch
+    coefficient: float, learned: PreferenceTrainer, rows: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = [rows[i] for i in (0, 1, len(rows) - 1)]
     assert [example["swaps"] for example in examples] == [True, True, False]
     by_hand = [dict(example) for example in examples]
-    for example in by_hand[:2]:
+    for example in by_hand[:2] if coefficient < 0 else []:
         for kept, other in (("chosen_ids", "rejected_ids"), ("ref_chosen_logps", "ref_rejected_logps")):
             example[kept], example[other] = example[other], example[kept]
     monkeypatch.setattr(learned, "_draw_coefficient", lambda: 1)
     given, _ = loss_and_gradient(learned, examples)
-    monkeypatch.setattr(learned, "_draw_coefficient", lambda: -1)
-    minus, gradient = loss_and_gradient(learned, examples)
-    # The same by hand: labels exchanged in the data, the adapter negated in its factor B.
+    monkeypatch.setattr(learned, "_draw_coefficient", lambda: coefficient)
+    found, gradient = loss_and_gradient(learned, examples)
+    # The same by hand: labels exchanged in the data, the coefficient multiplied into factor B.
     monkeypatch.setattr(learned, "_draw_coefficient", lambda: 1)
     for name in factors(learned, "lora_B"):
-        learned.model.get_parameter(name).data.neg_()
+        learned.model.get_parameter(name).data.mul_(coefficient)
     expected, expected_gradient = loss_and_gradient(learned, by_hand)
-    assert abs(minus - given) > 0.01
-    torch.testing.assert_close(minus, expected, rtol=1e-5, atol=1e-6)
+    assert abs(found - given) > 0.003
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     size = {name: parameter.numel() for name, parameter in adapter.trainable(learned.model).items()}
-    signs = torch.cat([torch.full((count,), -1.0 if "lora_B" in name else 1.0) for name, count in size.items()])
+    factor = torch.cat([torch.full((count,), coefficient if "lora_B" in name else 1.0) for name, count in size.items()])
     assert expected_gradient.norm() > 0
-    assert (gradient - signs * expected_gradient).norm() < 1e-4 * expected_gradient.norm()
+    assert (gradient - factor * expected_gradient).norm() < 1e-4 * expected_gradient.norm()
 
 
 def test_the_loss_is_that_of_dpo(learned: PreferenceTrainer, rows: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
