@@ -63,6 +63,7 @@ def load_base(
     folder = Path(folder)
     config = check_causal_lm(folder)
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     if device == "auto":
@@ -77,11 +78,21 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False, **arguments
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **arguments,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"the base in {folder} cannot be loaded: {first_line(error)}") from error
+    if report["missing_keys"]:  # transformers fills them with random numbers
+        raise InputError(
+            f"the base in {folder} lacks weights, {sorted(report['missing_keys'])[0]} for one", "Get the base again."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, padding_side="left")
     except (OSError, ValueError) as error:

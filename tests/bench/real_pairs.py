@@ -52,6 +52,7 @@ training:
   batch_size: 16
   micro_batch_size: 2
   gradient_checkpointing: false
+  evaluate_every: 1000
   max_prompt_tokens: {prompt}
   max_reply_tokens: {reply}
 """
