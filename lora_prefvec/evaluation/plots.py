@@ -75,6 +75,9 @@ def front_plot(file: Path, points: Sequence[Point], x_axis: str, y_axis: str) ->
     """
     plt = pyplot()
     figure, panel = plt.subplots(figsize=(6.4, 5.2), layout="constrained")
+    panel.margins(0.12)
+    varied = [name for name in points[0].mix if len({point.mix.get(name, 0.0) for point in points}) > 1]
+    names = varied or list(points[0].mix)
     located = [(value(point, x_axis), value(point, y_axis), point) for point in points]
     best = front([(x, y) for x, y, _ in located])
     line = sorted((located[i] for i in best), key=lambda entry: entry[0])
@@ -86,10 +89,9 @@ def front_plot(file: Path, points: Sequence[Point], x_axis: str, y_axis: str) ->
         if not any(point.mix.values()):
             panel.plot([x], [y], "*", color="tab:red", markersize=16, label="base", zorder=5)
     for x, y, point in line:
-        label = ", ".join(f"{coefficient:g}" for coefficient in point.mix.values())
+        label = ", ".join(f"{point.mix.get(name, 0.0):g}" for name in names)
         panel.annotate(f"({label})", (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8)
-    names = ", ".join(points[0].mix)
-    panel.set_title(f"Mixes of ({names}), by coefficient")
+    panel.set_title(f"Mixes of ({', '.join(names)}), by coefficient")
     panel.set_xlabel(f"{x_axis} score")
     panel.set_ylabel(f"{y_axis} score")
     panel.grid(alpha=0.25)

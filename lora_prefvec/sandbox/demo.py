@@ -38,7 +38,7 @@ SHOWN: tuple[dict[str, float], ...] = (
     {},
     {"helpful": 1.0},
     {"helpful": 1.0, "harmless": 1.0},
-    {"helpful": 1.0, "harmless": 1.0, "concise": 1.5},
+    {"helpful": 1.0, "harmless": 1.0, "concise": 1.0},
 )
 
 
@@ -134,10 +134,10 @@ def along(points: Sequence[Point], name: str) -> list[Point]:
 
 
 def samples(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Replies to one plain, one borderline and one unanswerable request at several mixes."""
+    """Replies to one plain, one borderline and one harmful request at several mixes."""
     asked = prompts("held_out", len(points[0].replies))
     kinds = [task.kind if (task := task_of(prompt)) else "" for prompt in asked]
-    rows = [kinds.index(kind) for kind in ("plain", "borderline", "unanswerable")]
+    rows = [kinds.index(kind) for kind in ("plain", "borderline", "harmful")]
     by_mix = {tuple(sorted(point.mix.items())): point for point in points}
     found = []
     for row in rows:
@@ -150,6 +150,12 @@ def samples(points: Sequence[Point]) -> list[dict[str, Any]]:
     return found
 
 
+def rounded(point: Point, axis: str) -> float | None:
+    """A mean with as many digits as it deserves."""
+    mean = point.scores[axis].mean
+    return None if mean is None else round(mean, 2)
+
+
 def show(folder: Path, points: Sequence[Point], results: Mapping[str, Any], quick: bool) -> None:
     """Print the table, the samples, and where everything lies."""
     if out.format == "json":
@@ -158,7 +164,7 @@ def show(folder: Path, points: Sequence[Point], results: Mapping[str, Any], quic
     names = (*FIRST_TWO, ADDED)
     out.table(
         [*(f"{name}=" for name in names), *(axis.replace("_", " ") for axis in SCORERS)],
-        [[*(point.mix[name] for name in names), *(point.scores[axis].mean for axis in SCORERS)] for point in points],
+        [[*(point.mix[name] for name in names), *(rounded(point, axis) for axis in SCORERS)] for point in points],
         title="Scores on tasks that no preference was trained on",
         note="helpful, harmless, honest, concise: more is better. over refusal and fluency are the costs.",
     )
