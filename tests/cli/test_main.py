@@ -212,7 +212,7 @@ datasets.Dataset.from_list([{"a": 1}] * 4).map(lambda row: row)
 warnings.warn("old")
 logging.getLogger("bitsandbytes.backends.cpu.ops").warning("kernels")
 logging.getLogger("transformers.models").warning("weights")
-logging.getLogger("another.library").warning("hm")
+logging.getLogger("a.third.party").warning("hm")
 """
 
 
