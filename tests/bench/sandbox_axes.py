@@ -39,7 +39,7 @@ COEFFICIENTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 # d+ - d- is about twice as long as one side of it, so a pair is trained at a lower rate for the same effect at 1.
 PAIR = {
     "helpful": ["training.reach=1", "training.learning_rate=2e-4"],
-    "harmless": ["training.reach=1", "training.learning_rate=1.4e-4", "anchors.share=0.52"],
+    "harmless": ["training.reach=1", "training.learning_rate=1.25e-4"],
     "honest": ["training.reach=1", "training.learning_rate=1e-4"],
     "concise": ["training.reach=1", "training.learning_rate=1.55e-4", "training.sft_weight=1"],
 }
