@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -62,9 +63,9 @@ def run_demo(folder: Path, *, quick: bool = False, force: bool = False) -> dict[
     base = load_base(resolve_base("sandbox"))
     places = get_vectors(base, folder, FIRST_TWO, quick)
     mix = compose_first_two(places, folder)
-    before = {name: read_adapter(places[name]).provenance for name in FIRST_TWO}
+    before = {name: digest(places[name]) for name in FIRST_TWO}
     places |= get_vectors(base, folder, (ADDED,), quick)
-    untouched = before == {name: read_adapter(places[name]).provenance for name in FIRST_TWO}
+    untouched = before == {name: digest(places[name]) for name in FIRST_TWO}
     vectors = {name: read_adapter(place).vector for name, place in places.items()}
     points = sweep_all(base, vectors, QUICK_PROMPTS if quick else PROMPTS)
     grid = [point for point in points if not point.mix.get(ADDED)]
@@ -107,6 +108,12 @@ def get_vectors(base: LoadedBase, folder: Path, names: Sequence[str], quick: boo
         recipe = read_recipe(shipped("recipes") / f"sandbox-{name}.yaml")
         places[name] = train(recipe, folder / name, base=base).folder
     return places
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def compose_first_two(places: Mapping[str, Path], folder: Path) -> str:
