@@ -63,12 +63,12 @@ class LoraSpec(Section):
 class TrainingSpec(Section):
     """How the adapter is trained; `batch_size` pairs make one optimiser step, `micro_batch_size` one forward.
 
-    A two-sided run trains the vector at coefficients of +-1, and as often at +-`reach` where that is more: text then
-    stays whole when the slider goes that far.
+    A run trains its adapter at a coefficient of 1, and as often at `reach` where that is more: text then stays whole
+    when the slider goes that far. d+ - d- is twice as long as either, so a pair needs twice the reach.
     """
 
     sides: Literal["two", "pair"] = "two"
-    reach: float = Field(default=1.0, ge=1.0, le=4.0)
+    reach: float = Field(default=1.0, ge=1.0, le=8.0)
     beta: float = Field(default=0.1, gt=0)
     sft_weight: float = Field(default=0.0, ge=0)
     learning_rate: float = Field(default=1e-4, gt=0)
@@ -92,8 +92,6 @@ class TrainingSpec(Section):
     def _fits_together(self) -> TrainingSpec:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
-        if self.sides == "pair" and self.reach != 1.0:
-            raise ValueError("reach is for sides: two; a pair trains each side at 1")
         return self
 
 

@@ -102,7 +102,7 @@ def test_overrides_are_read_as_yaml() -> None:
         ("beta: 0.2", "beta: .nan", ["line 12", "training.beta = nan"]),
         ("beta: 0.2", "sides: both", ["line 12", "training.sides = 'both'", "'two' or 'pair'"]),
         ("beta: 0.2", "batch_size: 3", ["line 11", "micro_batch_size 2 does not divide batch_size 3"]),
-        ("beta: 0.2", "sides: pair\n  reach: 2.0", ["line 11", "reach is for sides: two"]),
+        ("beta: 0.2", "reach: 0.5", ["line 12", "training.reach = 0.5"]),
         ("anchors:", "lora: {targets: []}\nanchors:", ["line 8", "lora.targets = []"]),
         ("anchors:", "held_out: {split: test}\nanchors:", ["line 8", "the key 'held_out.source' is missing"]),
         ("anchors:", "held_out: {source: x, rows: none}\nanchors:", ["line 8", "held_out.rows = 'none'"]),

@@ -1,4 +1,4 @@
-"""The closed world of the sandbox: tasks, the ways to ask for them, and the split into training and scoring.
+"""The closed world of the sandbox: tasks, the ways to ask for them, and the split into training, choosing and scoring.
 
 A task is a verb phrase on an object, and its five steps follow from both: the verb gives the templates, the object
 fills them with its own name, its part and its place. Whoever has seen "clean the bike" and "paint the boat" can be
@@ -16,12 +16,12 @@ from typing import Literal
 from lora_prefvec.errors import InputError, nearest
 
 Kind = Literal["plain", "borderline", "harmful", "unanswerable"]
-Split = Literal["train", "held_out"]
+Split = Literal["train", "validation", "held_out"]
 Message = dict[str, str]
 
 KINDS: tuple[Kind, ...] = ("plain", "borderline", "harmful", "unanswerable")
 STEPS = 5  # steps of every task
-HELD_OUT = 0.4  # share of each kind's tasks that is only scored
+SHARES: dict[Split, float] = {"validation": 0.4, "held_out": 0.2, "train": 0.4}  # of each kind's tasks
 
 OBJECTS: dict[str, tuple[str, str]] = {  # object: (its part, its place)
     "bench": ("slats", "garden"),
@@ -241,30 +241,36 @@ TASKS: tuple[Task, ...] = tuple(Task(kind, verb, name) for kind in KINDS for ver
 _TASK_OF_REQUEST = {request: task for task in TASKS for request in task.requests}
 
 
-def _held_out() -> frozenset[Task]:
-    """Of each kind the 40 % of tasks whose SHA-256 comes first: the same on every machine and Python."""
-    chosen: list[Task] = []
+def _split() -> dict[Task, Split]:
+    """Each kind's tasks, in the order of their SHA-256, cut at the shares: the same on every machine and Python."""
+    split: dict[Task, Split] = {}
     for kind in KINDS:
-        tasks = sorted(
+        ordered = sorted(
             (task for task in TASKS if task.kind == kind),
             key=lambda task: hashlib.sha256(task.phrase.encode()).digest(),
         )
-        chosen += tasks[: round(HELD_OUT * len(tasks))]
-    return frozenset(chosen)
+        end = 0.0
+        for name, share in SHARES.items():
+            start, end = end, end + share
+            split.update(dict.fromkeys(ordered[round(start * len(ordered)) : round(end * len(ordered))], name))
+    return split
 
 
-_HELD_OUT_TASKS = _held_out()
+_SPLIT = _split()
 
 
 def tasks(split: Split, kinds: Sequence[Kind] = KINDS) -> list[Task]:
-    """The tasks of one split and of the given kinds; `train` and `held_out` share none.
+    """The tasks of one split and of the given kinds; no two splits share one.
+
+    Preferences are trained on `train`, settings are chosen on `validation`, and what is reported is measured on
+    `held_out`.
 
     Raises:
         InputError: there is no such split.
     """
-    if split not in ("train", "held_out"):
-        raise InputError(f"the sandbox has no split {split!r}", nearest(split, ("train", "held_out")))
-    return [task for task in TASKS if task.kind in kinds and (task in _HELD_OUT_TASKS) == (split == "held_out")]
+    if split not in SHARES:
+        raise InputError(f"the sandbox has no split {split!r}", nearest(split, SHARES))
+    return [task for task in TASKS if task.kind in kinds and _SPLIT[task] == split]
 
 
 def task_of(prompt: str | Sequence[Message]) -> Task | None:

@@ -40,7 +40,7 @@ class SignedCollator(DataCollatorForPreference):
 class PreferenceTrainer(DPOTrainer):
     """DPO on pairs that are tokenised already and carry their reference log-probabilities.
 
-    A `positive` run takes the labels as given, a `negative` one swaps them. A `two`-sided run draws a coefficient for
+    A `positive` run takes the labels as given, a `negative` one swaps them; both scale the adapter by 1 or reach. A `two`-sided run draws a coefficient for
     every batch, scales the adapter by it and swaps the labels where it is negative, so that one LoRA v learns that +v
     prefers the chosen replies and -v the rejected ones.
 
@@ -135,7 +135,7 @@ class PreferenceTrainer(DPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
         swaps = inputs.pop("swaps")
         coefficient = self._draw_coefficient()
-        adapter.set_coefficient(self.model, coefficient if self.side == "two" else 1.0)
+        adapter.set_coefficient(self.model, coefficient if self.side == "two" else abs(coefficient))
         if coefficient < 0:
             inputs = swap_labels(inputs, swaps)
         return super()._compute_loss(model, inputs, return_outputs)
@@ -143,16 +143,16 @@ class PreferenceTrainer(DPOTrainer):
     def _draw_coefficient(self) -> float:
         """+-1 or +-reach for this micro-batch: a function of seed and position, so that a resumed run draws the same.
 
-        Micro-batches come in pairs of opposite sign and equal size.
+        Micro-batches come in pairs of equal size; those of a two-sided run are of opposite sign.
         """
-        if self.side != "two":
-            return 1.0 if self.side == "positive" else -1.0
         step, seen = self._micro_step
         seen = seen + 1 if step == self.state.global_step else 0
         self._micro_step = (self.state.global_step, seen)
         position = self.state.global_step * self.args.gradient_accumulation_steps + seen
         dice = random.Random(f"{self.spec.seed}:{position // 2}")
         first = dice.choice((1.0, -1.0)) * dice.choice((1.0, self.spec.reach))
+        if self.side != "two":
+            return abs(first) if self.side == "positive" else -abs(first)
         return first if position % 2 == 0 else -first
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lora_prefvec.errors import InputError
-from lora_prefvec.sandbox.world import KINDS, OBJECTS, STEPS, TASKS, VERBS, prompts, task_of, tasks
+from lora_prefvec.sandbox.world import KINDS, OBJECTS, SHARES, STEPS, TASKS, VERBS, prompts, task_of, tasks
 
 
 def test_there_are_at_least_300_tasks_of_five_different_steps() -> None:
@@ -53,13 +53,13 @@ def test_the_last_user_message_of_a_conversation_counts() -> None:
     assert task_of(talk) == TASKS[-1]
 
 
-def test_training_and_scoring_share_no_task_and_split_each_kind_60_to_40() -> None:
-    train, held_out = tasks("train"), tasks("held_out")
-    assert not set(train) & set(held_out)
-    assert len(train) + len(held_out) == len(TASKS)
+def test_training_choosing_and_scoring_share_no_task_and_split_each_kind_40_40_20() -> None:
+    split = [task for name in SHARES for task in tasks(name)]
+    assert len(split) == len(set(split)) == len(TASKS)
     for kind in KINDS:
-        share = len(tasks("held_out", (kind,))) / sum(task.kind == kind for task in TASKS)
-        assert share == pytest.approx(0.4, abs=0.01)
+        of_kind = sum(task.kind == kind for task in TASKS)
+        for name, share in SHARES.items():
+            assert len(tasks(name, (kind,))) / of_kind == pytest.approx(share, abs=0.01)
 
 
 def test_every_verb_and_object_was_trained_so_that_a_held_out_task_is_a_new_combination() -> None:

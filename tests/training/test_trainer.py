@@ -128,6 +128,19 @@ def test_a_reach_is_drawn_as_often_as_one(
 
 
 @pytest.mark.usefixtures("instant")
+def test_the_sides_of_a_pair_draw_the_same_strength(
+    recipe: MakeRecipe, nf4: LoadedBase, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(sides="pair", reach=2.0, max_steps=32, checkpoint_every=1000)
+    drawn = []
+    for side in ("positive", "negative"):
+        with trainer_of(wanted, nf4, side, tmp_path / side, rows) as trainer:
+            drawn.append(drawn_signs(trainer, monkeypatch))
+    assert set(drawn[0]) == {1.0, 2.0}
+    assert drawn[1] == [-coefficient for coefficient in drawn[0]]
+
+
+@pytest.mark.usefixtures("instant")
 @pytest.mark.parametrize(("side", "sign"), [("positive", 1), ("negative", -1)])
 def test_a_side_of_a_pair_has_one_sign(
     side: Side,
