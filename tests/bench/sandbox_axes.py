@@ -44,12 +44,7 @@ from lora_prefvec.training import train  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 COEFFICIENTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 # d+ - d- is about twice as long as one side of it: for the same effect at 1 a pair takes a lower rate and more reach.
-PAIR = {
-    "helpful": ["training.reach=1", "training.learning_rate=2e-4"],
-    "harmless": ["training.reach=5", "training.learning_rate=1.7e-4"],
-    "honest": ["training.reach=1", "training.learning_rate=1e-4"],
-    "concise": ["training.reach=1", "training.learning_rate=1.55e-4", "training.sft_weight=1"],
-}
+PAIR = {"helpful": 2.5e-4, "harmless": 2.4e-4, "honest": 2e-4, "concise": 3.4e-4}
 Row = dict[str, Any]
 
 
@@ -74,7 +69,8 @@ def main() -> None:
     asked = prompts(arguments.split, arguments.prompts)
     rows: list[Row] = []
     for axis, sides, seed in itertools.product(arguments.axes, arguments.sides, arguments.seeds):
-        changes = [f"training.sides={sides}", *(PAIR[axis] if sides == "pair" else []), *arguments.set]
+        pair = [f"training.learning_rate={PAIR[axis]}", "training.reach=5"] if sides == "pair" else []
+        changes = [f"training.sides={sides}", *pair, *arguments.set]
         overrides = [*changes, f"training.seed={seed}"]
         recipe = read_recipe(shipped("recipes") / f"sandbox-{axis}.yaml", overrides if seed else changes)
         ships = arguments.ship and sides == "two" and seed == 0
