@@ -6,16 +6,29 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lora_prefvec.artifact.folder import Adapter, read_adapter
 from lora_prefvec.artifact.provenance import Parent, Provenance, first_complaint
 from lora_prefvec.artifact.reference import commit_of, is_adapter, public_name, resolve_adapter
 from lora_prefvec.errors import InputError
-from lora_prefvec.vector import BaseIdentity, Mix, MixEntry, PreferenceVector
+from lora_prefvec.vector import (
+    BaseIdentity,
+    Coefficient,
+    Filter,
+    Merged,
+    Method,
+    Mix,
+    MixEntry,
+    MixTerm,
+    PreferenceVector,
+    parse_layers,
+    parse_term,
+    written_layers,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 _OVERRIDE = "Use vectors of one base, or go on at your own risk with --allow-mismatch."
@@ -23,11 +36,12 @@ _OVERRIDE = "Use vectors of one base, or go on at your own risk with --allow-mis
 
 @dataclass(frozen=True)
 class Ingredient:
-    """A vector of a mix as it was asked for: reference, what lies there, coefficient."""
+    """A vector of a mix as it was asked for: reference, what lies there, coefficient, and the part of it that counts."""
 
     ref: str
     adapter: Adapter
-    coefficient: float
+    coefficient: Coefficient = 1.0
+    filter: Filter = Filter()
 
     @property
     def name(self) -> str:
@@ -41,36 +55,84 @@ class Ingredient:
             name=self.name,
             sha256=self.adapter.sha256,
             coefficient=self.coefficient,
+            filter=str(self.filter) or None,
             revision=commit_of(self.adapter.path),
         )
 
 
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class MixVector(BaseModel):
-    """One line of `mix.yaml`: `vector` is a name, a Hub id, or a folder relative to the file (it begins with a dot)."""
+    """One vector of `mix.yaml`: its coefficient, or a gradient over the layers, and the part of it that counts.
+
+    `vector` is a name, a Hub id, or a folder relative to the file (it begins with a dot).
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     vector: str
-    coefficient: Annotated[float, Field(allow_inf_nan=False)]
+    coefficient: _Number | Annotated[list[_Number], Field(min_length=1)] = 1.0
+    layers: str | None = None
+    modules: list[str] | None = None
     revision: str | None = None
     sha256: str | None = None
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _a_range(cls, layers: Any) -> Any:
+        try:
+            return None if layers is None else written_layers(parse_layers(layers))
+        except InputError as error:
+            raise ValueError(str(error)) from None
 
-class MixFile(BaseModel):
+    @property
+    def filter(self) -> Filter:
+        """`layers` and `modules` as a filter."""
+        return Filter(parse_layers(self.layers) if self.layers else None, tuple(self.modules or ()))
+
+
+class MixSettings(BaseModel):
+    """How the vectors of a mix become one; the numbers are those of `lora_prefvec.vector.merge`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Method = "exact"
+    rank: Annotated[int, Field(ge=1)] | None = None
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    density: Annotated[float, Field(gt=0, le=1)] = 0.5
+    seed: Annotated[int, Field(ge=0)] = 0
+    normalize: bool = False
+
+    @model_validator(mode="after")
+    def _one_cut(self) -> MixSettings:
+        if self.rank is not None and self.energy is not None:
+            raise ValueError("a mix is cut either to a rank or to an energy")
+        return self
+
+
+class MixFile(MixSettings):
     """`mix.yaml`: all that `prefvec compose` needs to make a mix again."""
-
-    model_config = ConfigDict(extra="forbid")
 
     base: str | None = None
     revision: str | None = None
-    method: Literal["exact"] = "exact"
     dtype: Dtype = "float32"
     vectors: Annotated[list[MixVector], Field(min_length=1)]
 
     def to_yaml(self) -> str:
         """The text of `mix.yaml`."""
         head = "# Makes this folder again: prefvec compose mix.yaml --out DIR\n"
-        return head + yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+        facts = self.model_dump(exclude_none=True, exclude_defaults=True)
+        order = ["base", "revision", "method", *MixSettings.model_fields, "dtype", "vectors"]
+        shown = {**facts, "method": self.method, "dtype": self.dtype}
+        return head + yaml.safe_dump(
+            {key: shown[key] for key in dict.fromkeys(order) if key in shown}, sort_keys=False, allow_unicode=True
+        )
+
+    @property
+    def settings(self) -> MixSettings:
+        """How its vectors become one, without which they are."""
+        return MixSettings(**{key: getattr(self, key) for key in MixSettings.model_fields})
 
 
 def read_mix_file(path: str | Path) -> MixFile:
@@ -91,11 +153,13 @@ def read_mix_file(path: str | Path) -> MixFile:
         raise InputError(f"{path} describes no mix: {first_complaint(error)}", "Mend the file.") from None
 
 
-def open_mix(references: Sequence[tuple[str, float]], *, allow_mismatch: bool = False) -> list[Ingredient]:
+def open_mix(
+    references: Sequence[MixTerm | tuple[str, Coefficient]], *, allow_mismatch: bool = False
+) -> list[Ingredient]:
     """Find and read the vectors of a mix, and check that they belong to one base.
 
     Args:
-        references: (reference, coefficient) each.
+        references: (reference, coefficient) each, and perhaps a filter.
         allow_mismatch: take vectors of different bases, or whose weights were changed; they are then said to belong to
             the base of the first.
 
@@ -103,8 +167,8 @@ def open_mix(references: Sequence[tuple[str, float]], *, allow_mismatch: bool = 
         InputError: there is no such vector, it cannot be read, or it belongs to another base than the first.
     """
     found = [
-        Ingredient(ref, read_adapter(resolve_adapter(ref), check_hash=not allow_mismatch), coefficient)
-        for ref, coefficient in references
+        Ingredient(ref, read_adapter(resolve_adapter(ref), check_hash=not allow_mismatch), coefficient, filter_)
+        for ref, coefficient, filter_ in (MixTerm(*reference) for reference in references)
     ]
     known = [ingredient for ingredient in found if ingredient.adapter.vector.identity]
     if allow_mismatch:
@@ -130,7 +194,8 @@ def reopen_mix(path: str | Path, *, allow_mismatch: bool = False) -> list[Ingred
             ref = os.path.normpath(Path(path).parent / ref)
         elif entry.revision and "@" not in ref:
             ref = f"{ref}@{entry.revision}"
-        references.append((ref, entry.coefficient))
+        coefficient = tuple(entry.coefficient) if isinstance(entry.coefficient, list) else entry.coefficient
+        references.append(MixTerm(ref, coefficient, entry.filter))
     found = open_mix(references, allow_mismatch=allow_mismatch)
     for entry, ingredient in zip(entries, found, strict=True):
         if entry.sha256 and entry.sha256 != ingredient.adapter.sha256 and not allow_mismatch:
@@ -142,21 +207,60 @@ def reopen_mix(path: str | Path, *, allow_mismatch: bool = False) -> list[Ingred
     return found
 
 
+def typed_mix(refs: Sequence[str], *, allow_mismatch: bool = False) -> tuple[list[Ingredient], MixFile | None]:
+    """The mix that a person typed: `REF=COEF...`, or one `mix.yaml`, which is then returned too.
+
+    Raises:
+        InputError: as `parse_term`, `open_mix` and `reopen_mix`.
+    """
+    if len(refs) == 1 and refs[0].endswith((".yaml", ".yml")):
+        return reopen_mix(refs[0], allow_mismatch=allow_mismatch), read_mix_file(refs[0])
+    return open_mix([parse_term(ref) for ref in refs], allow_mismatch=allow_mismatch), None
+
+
 def compose(ingredients: Sequence[Ingredient]) -> PreferenceVector:
     """The sum of coefficient x vector, exactly."""
-    return Mix([MixEntry(one.name, one.adapter.vector, one.coefficient) for one in ingredients]).compose()
+    return merge_mix(ingredients).vector
+
+
+def merge_mix(ingredients: Sequence[Ingredient], settings: MixSettings | None = None) -> Merged:
+    """The vectors of a mix as one, in the way that `settings` ask for: exactly, where None.
+
+    Raises:
+        InputError: as `lora_prefvec.vector.merge`.
+    """
+    mix = Mix([MixEntry(one.name, one.adapter.vector, one.coefficient, one.filter) for one in ingredients])
+    asked = settings or MixSettings()
+    return mix.merge(**{name: getattr(asked, name) for name in MixSettings.model_fields})
 
 
 def mix_provenance(
-    ingredients: Sequence[Ingredient], vector: PreferenceVector, kind: Literal["mix", "fold"]
+    ingredients: Sequence[Ingredient],
+    vector: PreferenceVector,
+    kind: Literal["mix", "fold"],
+    merged: Merged | None = None,
 ) -> Provenance:
-    """The provenance of a composed vector, or of a model with it folded in."""
+    """The provenance of a composed vector, or of a model with it folded in.
+
+    Args:
+        merged: how `vector` was made; exactly, where None.
+    """
     return Provenance(
-        kind=kind, method="exact", base=vector.identity, parents=[ingredient.parent() for ingredient in ingredients]
+        kind=kind,
+        method=merged.method if merged else "exact",
+        base=vector.identity,
+        parents=[ingredient.parent() for ingredient in ingredients],
+        metrics={"energy_kept": merged.energy} if merged and merged.energy < 1 else {},
     )
 
 
-def mix_file(ingredients: Sequence[Ingredient], vector: PreferenceVector, target: Path, dtype: Dtype) -> MixFile:
+def mix_file(
+    ingredients: Sequence[Ingredient],
+    vector: PreferenceVector,
+    target: Path,
+    dtype: Dtype,
+    settings: MixSettings | None = None,
+) -> MixFile:
     """The `mix.yaml` of a mix that is written to `target`; local folders are named relative to it."""
     vectors = []
     for ingredient in ingredients:
@@ -164,17 +268,24 @@ def mix_file(ingredients: Sequence[Ingredient], vector: PreferenceVector, target
         if is_adapter(folder):
             ref = os.path.relpath(folder.resolve(), target.resolve())
             ref = ref if ref.startswith(".") else f"./{ref}"
+        coefficient, part = ingredient.coefficient, ingredient.filter
         vectors.append(
             MixVector(
                 vector=ref.partition("@")[0],
-                coefficient=ingredient.coefficient,
+                coefficient=list(coefficient) if isinstance(coefficient, tuple) else coefficient,
+                layers=written_layers(part.layers) if part.layers else None,
+                modules=list(part.modules) or None,
                 revision=commit_of(ingredient.adapter.path),
                 sha256=ingredient.adapter.sha256,
             )
         )
     base = vector.identity
     return MixFile(
-        base=base.id if base else None, revision=base.revision if base else None, dtype=dtype, vectors=vectors
+        base=base.id if base else None,
+        revision=base.revision if base else None,
+        dtype=dtype,
+        vectors=vectors,
+        **(settings or MixSettings()).model_dump(),
     )
 
 

@@ -74,14 +74,50 @@ class Parent(_Facts):
     Args:
         name: its preference, or the name it was given.
         sha256: of its weights file.
-        coefficient: the number that multiplied it.
+        coefficient: the number that multiplied it, or one for each of equally spaced depths.
+        filter: the part of it that counted, as `layers=8-20,modules=mlp`; None for the whole.
         revision: commit of the Hub repository it came from.
     """
 
     name: str
     sha256: str | None = None
-    coefficient: float = 1.0
+    coefficient: float | tuple[float, ...] = 1.0
+    filter: str | None = None
     revision: str | None = None
+
+
+class FoldedModule(_Facts):
+    """What folding did to one module.
+
+    Args:
+        kept: part of its delta that survived rounding; see `FoldFacts`.
+        distance: norm of what NF4 changes in the base's weight, over that of the delta; None where that is unknown.
+    """
+
+    kept: float
+    distance: float | None = None
+
+
+class FoldFacts(_Facts):
+    """How a vector was folded into a base.
+
+    Args:
+        onto: the weights that it was added to: the base's own, or `nf4`, the dequantised ones that training saw.
+        dtype: of the weights written; `nf4` for a 4-bit checkpoint, `base` for the base's own.
+        kept: part of the delta that survived: 1 - |W' - W - delta| / |delta| over all modules, W being the base and W'
+            the result, both in the written type; 0.0 where rounding outweighs the delta.
+        distance: |W_nf4 - W_original| / |delta| over the modules that NF4 rounds: how far the base that training saw is
+            from the other one; estimated from a sample of rows where `onto` is `original`; None for a vector that was
+            not trained on NF4.
+        untied: whether embedding and head, one matrix in the base, are two now.
+    """
+
+    onto: Literal["original", "nf4"]
+    dtype: str
+    kept: float
+    distance: float | None = None
+    untied: bool = False
+    modules: dict[str, FoldedModule] = Field(default_factory=dict)
 
 
 class Provenance(_Facts):
@@ -93,6 +129,7 @@ class Provenance(_Facts):
         method: `dpo` for what was trained; for a mix how it was combined (`exact`).
         sides: `pair` for two runs, `two` for one two-sided run.
         base: the base that training saw; None where a plain adapter did not tell.
+        fold: how it was added to a base; None for what is no fold.
         metrics: name -> value, as measured when the artifact was made; None for what came out as NaN or infinite.
         weights_sha256: of `adapter_model.safetensors`; filled in when the folder is written.
     """
@@ -108,6 +145,7 @@ class Provenance(_Facts):
     anchors: DataFacts | None = None
     training: TrainingFacts | None = None
     parents: list[Parent] = Field(default_factory=list)
+    fold: FoldFacts | None = None
     metrics: dict[str, float | None] = Field(default_factory=dict)
     weights_sha256: str | None = None
 

@@ -1,4 +1,4 @@
-"""`extract`, `compose`, `fold`, `inspect`: from adapters to vectors, mixes, dense models, and what lies in them."""
+"""`extract`, `compose`: from adapters to vectors and mixes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from lora_prefvec.errors import InputError
 from lora_prefvec.output import out
 
 if TYPE_CHECKING:
-    from lora_prefvec.artifact import Dtype, Ingredient, Provenance
+    from lora_prefvec.artifact import Dtype, Ingredient, MixFile, MixSettings, Provenance
     from lora_prefvec.vector import PreferenceVector
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+# As in lora_prefvec.vector.Method, whose import would slow down --help.
+METHODS = ["exact", "truncated", "ties", "dare_linear", "dare_ties", "magnitude", "orthogonal", "span"]
 
 
 def of_type(help_: str) -> Callable[[Command], Command]:
@@ -59,172 +61,66 @@ def extract(
 @click.command()
 @click.argument("refs", nargs=-1, required=True, metavar="REF=COEF...")
 @writes("Folder for the mix.")
+@click.option("--method", type=click.Choice(METHODS), help="How vectors are combined; exact where left out.")
+@click.option("--rank", type=click.IntRange(min=1), help="Cut the result to this rank.")
+@click.option("--energy", type=float, help="Cut it to the rank that keeps this part of its squared norm, as 0.99.")
+@click.option("--density", type=float, help="Part of the entries that ties, magnitude, dare and span keep; 0.5.")
+@click.option("--normalize", is_flag=True, help="Scale the vectors to equal norm before coefficients apply.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of what dare drops; 0 where left out.")
 @of_type("Type of the factors; float32, or that of the mix.yaml, where left out.")
 @allow_mismatch("Take vectors of different bases, or with changed weights.")
 def compose(
-    refs: tuple[str, ...], out_: Path, dtype: Dtype | None, allow_mismatch: bool, force: bool, dry_run: bool
-) -> None:
-    """A mix as one adapter, exactly: factors side by side, coefficients folded in.
-
-    The mix.yaml that it writes makes it again.
-
-    \b
-    prefvec compose helpful=1 harmless=0.5 --out mixes/gentle
-    prefvec compose mixes/gentle/mix.yaml --out mixes/again
-    """
-    from lora_prefvec.artifact import check_target, mix_file, mix_provenance, open_mix, read_mix_file, reopen_mix
-    from lora_prefvec.artifact import compose as combine
-    from lora_prefvec.vector import parse_reference
-
-    check_target(out_, force)
-    if len(refs) == 1 and refs[0].endswith((".yaml", ".yml")):
-        ingredients = reopen_mix(refs[0], allow_mismatch=allow_mismatch)
-        dtype = dtype or read_mix_file(refs[0]).dtype
-    else:
-        ingredients = open_mix([parse_reference(ref) for ref in refs], allow_mismatch=allow_mismatch)
-    vector = combine(ingredients)
-    dtype = dtype or "float32"
-    text = mix_file(ingredients, vector, out_, dtype).to_yaml()
-    write(out_, vector, mix_provenance(ingredients, vector, "mix"), ingredients, dtype, force, dry_run, mix=text)
-
-
-@click.command()
-@click.argument("base")
-@click.argument("refs", nargs=-1, required=True, metavar="REF=COEF...")
-@writes("Folder for the model.")
-@of_type("Type of the weights; as in the base where left out.")
-@allow_mismatch("Fold vectors of another base, or with changed weights.")
-def fold(
-    base: str,
     refs: tuple[str, ...],
     out_: Path,
     dtype: Dtype | None,
+    normalize: bool,
     allow_mismatch: bool,
     force: bool,
     dry_run: bool,
+    **settings: Any,
 ) -> None:
-    """A mix folded into the dense weights of BASE: a model that needs no adapter.
+    """A mix as one adapter: exactly, with factors side by side, or cut to a rank, or by another method.
+
+    A vector may count in part: REF=COEF,layers=8-20,modules=mlp+q_proj. A coefficient may change with the depth, from
+    the first layer to the last: REF=[0,0.5,1]. The mix.yaml that is written makes the mix again.
 
     \b
-    prefvec fold sandbox helpful=1 harmless=0.5 --out models/gentle
+    prefvec compose helpful=1 harmless=0.5 --out mixes/gentle
+    prefvec compose helpful=1 harmless=0.5 --rank 16 --out mixes/small
+    prefvec compose helpful=1,layers=8-20 'harmless=[0,1]' --out mixes/deep
+    prefvec compose mixes/gentle/mix.yaml --out mixes/again
     """
-    import torch
-
-    from lora_prefvec.artifact import (
-        check_same_base,
-        check_target,
-        identity_of,
-        mix_provenance,
-        open_mix,
-        plan_fold,
-        resolve_base,
-    )
-    from lora_prefvec.artifact import compose as combine
-    from lora_prefvec.artifact import fold as fold_into
-    from lora_prefvec.progress import progress
-    from lora_prefvec.vector import parse_reference
+    from lora_prefvec.artifact import check_target, merge_mix, mix_file, mix_provenance, typed_mix
 
     check_target(out_, force)
-    folder = resolve_base(base)
-    identity = identity_of(folder, base)
-    ingredients = open_mix([parse_reference(ref) for ref in refs], allow_mismatch=allow_mismatch)
-    for ingredient in ingredients if not allow_mismatch else []:
-        fix = "Fold into the base of the vector, or go on at your own risk with --allow-mismatch."
-        check_same_base((ingredient.ref, ingredient.adapter.vector.identity), (base, identity), fix)
-    vector = combine(ingredients)
-    plan = plan_fold(folder, vector, getattr(torch, dtype) if dtype else None)
-    result = {"out": str(out_), "base": identity.id, "modules": len(vector.deltas), "bytes": plan.size}
-    what = f"{identity.id} {mix_text(ingredients)}, {len(vector.deltas)} matrices changed, {shown_size(plan.size)}"
-    if dry_run:
-        out.result({"dry_run": True, **result}, text=f"would write {out_}: {what}")
-        return
-    facts = mix_provenance(ingredients, vector, "fold").model_copy(update={"base": identity})
-    protect(out_, [folder, *(ingredient.adapter.path for ingredient in ingredients)])
-    with progress("folding", plan.tensors) as bar:
-        kept = fold_into(plan, vector, out_, facts, force=force, advance=bar.advance)
-    out.result({**result, "delta_kept": kept}, text=f"wrote {out_}: {what}. {kept:.1%} of the delta kept by the type")
-    if kept < 0.8:
-        out.warn(f"rounding took {1 - kept:.0%} of the delta; --dtype float32 keeps it")
+    ingredients, file = typed_mix(refs, allow_mismatch=allow_mismatch)
+    asked = mix_settings(file, {**settings, "normalize": normalize or None})
+    merged = merge_mix(ingredients, asked)
+    dtype = dtype or (file.dtype if file else "float32")
+    text = mix_file(ingredients, merged.vector, out_, dtype, asked).to_yaml()
+    facts = mix_provenance(ingredients, merged.vector, "mix", merged)
+    write(out_, merged.vector, facts, ingredients, dtype, force, dry_run, mix=text)
+    if merged.energy < 1:
+        out.note(f"rank {merged.rank} keeps {merged.energy:.2%} of the squared norm")
 
 
-@click.command()
-@click.argument("refs", nargs=-1, required=True, metavar="REF...")
-@allow_mismatch("Compare vectors of different bases, or with changed weights.")
-def inspect(refs: tuple[str, ...], allow_mismatch: bool) -> None:
-    """Norms, ranks, cosines and provenance of vectors.
+def mix_settings(file: MixFile | None, given: dict[str, Any]) -> MixSettings:
+    """What a mix.yaml asks for, changed by the options that were given."""
+    from pydantic import ValidationError
 
-    \b
-    prefvec inspect helpful
-    prefvec inspect helpful harmless concise
-    """
-    from lora_prefvec.artifact import describe, open_mix
-    from lora_prefvec.vector import cosine_matrix
+    from lora_prefvec.artifact import MixSettings
 
-    found = open_mix([(ref, 1.0) for ref in refs], allow_mismatch=allow_mismatch)
-    reports = [describe(ingredient) for ingredient in found]
-    cosines = cosine_matrix([ingredient.adapter.vector for ingredient in found]).tolist()
-    if out.format == "json":
-        out.result({"vectors": reports, "cosines": cosines} if len(found) > 1 else reports[0])
-        return
-    if len(found) == 1:
-        show_one(reports[0], found[0])
-        return
-    columns = ["vector", "preference", "kind", "base", "norm", "rank", "effective rank", "modules"]
-    keys = ["ref", "preference", "kind", "base", "norm", "rank", "effective_rank", "modules"]
-    rows = [[str(entry[key]).replace("_", " ") if key == "kind" else entry[key] for key in keys] for entry in reports]
-    out.table(columns, rows, title="vectors")
-    rows = [[ref, *(round(cosine, 4) for cosine in line)] for ref, line in zip(refs, cosines, strict=True)]
-    out.table(["cosine", *refs], rows, title="cosines of the dense deltas")
-
-
-def show_one(entry: dict[str, Any], ingredient: Ingredient) -> None:
-    """One vector for a reader: facts, module types, largest modules."""
-    if out.format == "human":
-        for name, value in facts_of(entry, ingredient.adapter.provenance):
-            print(f"{name:<15} {value}")
-    keys = ["type", "modules", "norm", "share", "rank", "effective_rank"]
-    rows = [
-        [*(kind[key] for key in keys[:3]), f"{kind['share']:.1%}", *(kind[key] for key in keys[4:])]
-        for kind in entry["types"]
-    ]
-    note = "share: of the squared norm; effective rank: exp of the spectrum's entropy, mean over the modules"
-    out.table(["module type", "modules", "norm", "share", "rank", "effective rank"], rows, note=note)
-    if out.format == "human":
-        out.table(["largest modules", "norm"], [[module["module"], module["norm"]] for module in entry["top"]])
-
-
-def facts_of(entry: dict[str, Any], facts: Provenance | None) -> list[tuple[str, str]]:
-    """Provenance as lines of name and value."""
-    lines = [("vector", entry["ref"]), ("kind", str(entry["kind"]).replace("_", " "))]
-    if facts:
-        lines.append(("preference", facts.preference or "-"))
-        made = [facts.method or "", {"pair": "two runs", "two": "one two-sided run"}.get(facts.sides or "", "")]
-        lines.append(("method", ", ".join(filter(None, made)) or "-"))
-    base = facts.base if facts else None
-    lines.append(("base", (entry["base"] or "unknown") + (f"@{base.revision[:12]}" if base and base.revision else "")))
-    if facts and facts.data:
-        rows = f", {facts.data.rows:,} pairs" if facts.data.rows is not None else ""
-        lines.append(("data", f"{facts.data.id}{rows}{', swapped' if facts.data.swapped else ''}"))
-    if facts and facts.training:
-        names = {"beta": "beta", "learning_rate": "lr", "steps": "steps", "seed": "seed"}
-        said = [
-            f"{short} {getattr(facts.training, name):g}"
-            for name, short in names.items()
-            if getattr(facts.training, name) is not None
-        ]
-        lines.append(("training", ", ".join(said) or "-"))
-    if facts:
-        lines += [
-            ("made from", f"{one.coefficient:+g} x {one.name} ({(one.sha256 or 'unknown')[:12]})")
-            for one in facts.parents
-        ]
-        lines += [(name, "-" if value is None else f"{value:.4g}") for name, value in facts.metrics.items()]
-    lines.append(("weights", f"SHA-256 {entry['weights_sha256'][:12]}..."))
-    return [
-        *lines,
-        ("norm", f"{entry['norm']:.4g}"),
-        ("rank", f"{entry['rank']} ({entry['effective_rank']:.1f} effective)"),
-    ]
+    given = {name: value for name, value in given.items() if value is not None}
+    before = file.settings.model_dump() if file else {}
+    if given.keys() & {"rank", "energy"}:  # one of them takes the place of the other
+        before = {name: value for name, value in before.items() if name not in ("rank", "energy")}
+    try:
+        return MixSettings(**{**before, **given})
+    except ValidationError as error:
+        found = error.errors()[0]
+        option = "".join(f"--{part} {given.get(str(part))}: " for part in found["loc"][:1])
+        said = str(found["msg"]).removeprefix("Value error, ")
+        raise InputError(f"{option}{said[:1].lower()}{said[1:]}", "See: prefvec compose --help") from None
 
 
 def write(
@@ -270,8 +166,13 @@ def protect(target: Path, sources: Sequence[Path]) -> None:
 
 
 def mix_text(ingredients: Sequence[Ingredient]) -> str:
-    """`+1 helpful -0.5 harmless`."""
-    return " ".join(f"{ingredient.coefficient:+g} {ingredient.name}" for ingredient in ingredients)
+    """`+1 helpful -0.5 harmless (layers=8-20)`."""
+    shown = []
+    for one in ingredients:
+        coefficient = one.coefficient
+        number = f"{list(coefficient)}" if isinstance(coefficient, tuple) else f"{coefficient:+g}"
+        shown.append(f"{number} {one.name}" + (f" ({one.filter})" if one.filter else ""))
+    return " ".join(shown)
 
 
 def shown_size(size: int) -> str:

@@ -1,39 +1,69 @@
 """The algebra of preferences: low-rank deltas, vectors of them, mixes, and how they lie to each other."""
 
 from lora_prefvec.vector.delta import LowRankDelta
+from lora_prefvec.vector.filters import (
+    Filter,
+    Gradient,
+    coefficient_at,
+    depth_of,
+    graded,
+    parse_layers,
+    written_layers,
+)
 from lora_prefvec.vector.geometry import (
     cosine_matrix,
     effective_rank,
+    energy_kept,
     layer_cosines,
     layer_norms,
     layer_of,
     module_norms,
-    spectra,
+    norm_grid,
+    subspace_interference,
     type_norms,
     type_of,
 )
 from lora_prefvec.vector.identity import BaseIdentity
-from lora_prefvec.vector.mix import Mix, MixEntry, check_coefficient, parse_reference
+from lora_prefvec.vector.lowrank import Cut, fit
+from lora_prefvec.vector.merging import Coefficient, Merged, Method, merge
+from lora_prefvec.vector.mix import Mix, MixEntry, MixTerm, check_coefficient, parse_reference, parse_term
 from lora_prefvec.vector.preference_vector import PreferenceVector, common_identity, extract, linear_combination
 
 __all__ = [
     "BaseIdentity",
+    "Coefficient",
+    "Cut",
+    "Filter",
+    "Gradient",
     "LowRankDelta",
+    "Merged",
+    "Method",
     "Mix",
     "MixEntry",
+    "MixTerm",
     "PreferenceVector",
     "check_coefficient",
+    "coefficient_at",
     "common_identity",
     "cosine_matrix",
+    "depth_of",
     "effective_rank",
+    "energy_kept",
     "extract",
+    "fit",
+    "graded",
     "layer_cosines",
     "layer_norms",
     "layer_of",
     "linear_combination",
+    "merge",
     "module_norms",
+    "norm_grid",
+    "parse_layers",
     "parse_reference",
-    "spectra",
+    "parse_term",
+    "subspace_interference",
     "type_norms",
     "type_of",
+    "written_layers",
 ]

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lora_prefvec.errors import InputError
 
+ROUNDING = 1e-14  # of the sum of the terms' norms: below this a direction of the sum is rounding in float64
+WELL_APART = 0.01  # sine of the angle between a factor's column and those before it
+
 
 @dataclass(frozen=True, eq=False)
 class LowRankDelta:
@@ -43,7 +46,7 @@ class LowRankDelta:
         for name in ("A", "B"):
             factor = getattr(self, name).detach().to(dtype)
             # The sum is finite only if every value is; a sum may overflow where no value does, hence the second look.
-            if not torch.isfinite(factor.sum()) and not torch.isfinite(factor).all():
+            if not math.isfinite(factor.sum().item()) and not torch.isfinite(factor).all():
                 bad = int((~torch.isfinite(factor)).sum())
                 raise InputError(
                     f"factor {name} {list(factor.shape)} holds {bad} values that are NaN or infinite",
@@ -90,23 +93,113 @@ class LowRankDelta:
         <B1 A1, B2 A2> = sum of (B1^T B2) * (A1 A2^T), elementwise: work and memory of r1 x r2.
         """
         same_shape(self, other)
-        outputs = self.B.double().T @ other.B.double()
-        inputs = self.A.double() @ other.A.double().T
-        return float((outputs * inputs).sum())
+        A, B = self.A.double(), self.B.double()
+        other_A, other_B = (A, B) if other is self else (other.A.double(), other.B.double())
+        return float(((B.T @ other_B) * (A @ other_A.T)).sum())
 
     def norm(self) -> float:
         """Frobenius norm of the dense delta."""
         return math.sqrt(max(self.inner(self), 0.0))
 
-    def spectrum(self) -> Tensor:
-        """Singular values of the dense delta, largest first: [min(r, in, out)], float64.
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Thin SVD of the dense delta, from the factors: delta = U diag(S) V^T.
 
-        With A^T = Q_a R_a and B = Q_b R_b the delta is Q_b (R_b R_a^T) Q_a^T: the r x r core has its singular values.
+        With A^T = Q_a R_a and B = Q_b R_b the delta is Q_b (R_b R_a^T) Q_a^T, and the r x r core has its SVD.
+
+        Returns:
+            U [out, k], S [k] largest first, V [in, k], all float64 on the delta's device; k = min(r, in, out).
         """
-        _, r_a = torch.linalg.qr(self.A.double().T, mode="r")
-        _, r_b = torch.linalg.qr(self.B.double(), mode="r")
-        values: Tensor = torch.linalg.svdvals(r_b @ r_a.T)
+        q_a, r_a = torch.linalg.qr(self.A.double().T)
+        q_b, r_b = torch.linalg.qr(self.B.double())
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        return q_b @ u, s, q_a @ vh.T
+
+    def spectrum(self) -> Tensor:
+        """Singular values of the dense delta, largest first: [min(r, in, out)], float64."""
+        values: Tensor = torch.linalg.svdvals(_triangle(self.B.double()) @ _triangle(self.A.double().T).T)
         return values
+
+    def energy(self, rank: int) -> float:
+        """The part of the squared norm that the best approximation of that rank keeps; 1.0 for a delta of zeros."""
+        return kept(self.spectrum() ** 2, check_rank(rank))
+
+    def rank_for(self, energy: float) -> int:
+        """The smallest rank, at least 1, whose best approximation keeps that part of the squared norm.
+
+        Raises:
+            InputError: the energy is not above 0 and at most 1.
+        """
+        return smallest_rank(self.spectrum() ** 2, energy)
+
+    def truncate(self, *, rank: int | None = None, energy: float | None = None) -> LowRankDelta:
+        """The best approximation of a rank (Eckart and Young 1936), or of the smallest that keeps an energy.
+
+        No dense matrix and no orthonormal basis is built. With the core's SVD U S V^T (see `svd`) and k values kept,
+        B' = B (R_a^T V S^-1/2) and A' = (S^-1/2 U^T R_b) A.
+
+        Args:
+            rank: largest rank of the result. It is lower where the delta has no more directions, and a delta that has
+                no more factors is returned as it is.
+            energy: part of the squared norm to keep, above 0 and at most 1.
+
+        Raises:
+            InputError: both or none of the two are given, or one is out of range.
+        """
+        check_cut(rank, energy)
+        if rank is not None and rank >= self.rank:
+            return self
+        A, B = self.A.double(), self.B.double()
+        r_a, r_b = _triangle(A.T), _triangle(B)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        count = smallest_rank(s**2, energy) if energy is not None else check_rank(rank)
+        # Directions below the rounding of the terms that make the core are noise, and S^-1/2 would blow them up.
+        terms = torch.linalg.vector_norm(r_a, dim=0) @ torch.linalg.vector_norm(r_b, dim=0)
+        floor = ROUNDING * terms
+        count = min(count, int((s > floor).sum()))
+        if count == 0:
+            return LowRankDelta(self.A[:1] * 0, self.B[:, :1] * 0)
+        root = s[:count].rsqrt()
+        reduced_B = B @ (r_a.T @ (vh[:count].T * root))
+        reduced_A = ((u[:, :count] * root).T @ r_b) @ A
+        return LowRankDelta(reduced_A.to(self.A.dtype), reduced_B.to(self.B.dtype))
+
+    def project_out(self, other: LowRankDelta) -> LowRankDelta:
+        """What is left after taking away the part along `other`: d - (<d, o> / <o, o>) o, at the sum of both ranks."""
+        shared = self.inner(other)
+        return combine([(1.0, self), (-shared / other.inner(other), other)]) if shared else self
+
+    def to(self, device: torch.device | str) -> LowRankDelta:
+        """The same delta with its factors on `device`."""
+        return LowRankDelta(self.A.to(device), self.B.to(device))
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    """R of the QR decomposition of a tall float64 matrix [n, r]: [min(n, r), r].
+
+    The Cholesky factor of the Gram matrix is the same R four times sooner, but squares the condition number: it serves
+    where every column stands off from those before it, and not where factors cancel, as those of d+ - d- do.
+    """
+    product = matrix.T @ matrix
+    triangle: Tensor
+    triangle, failed = torch.linalg.cholesky_ex(product, upper=True)
+    apart = triangle.diagonal().square() > WELL_APART**2 * product.diagonal()
+    if not failed and apart.all():
+        return triangle
+    triangle = torch.linalg.qr(matrix, mode="r").R
+    return triangle
+
+
+def gram(deltas: Sequence[LowRankDelta]) -> Tensor:
+    """Inner products of every two of k deltas of one shape, [k, k], float64 on the CPU.
+
+    One product of the stacked factors, (B^T B) * (A A^T), and then the sum over each r_i x r_j block.
+    """
+    A = torch.cat([delta.A for delta in deltas]).double()
+    B = torch.cat([delta.B for delta in deltas], dim=1).double()
+    product = ((B.T @ B) * (A @ A.T)).cpu()
+    owner = torch.repeat_interleave(torch.tensor([delta.rank for delta in deltas]))
+    member = torch.nn.functional.one_hot(owner, len(deltas)).double()
+    return member.T @ product @ member
 
 
 def combine(terms: Sequence[tuple[float, LowRankDelta]]) -> LowRankDelta:
@@ -140,3 +233,40 @@ def finite(coefficient: float) -> float:
     if not math.isfinite(value):
         raise InputError(f"a coefficient of {value} cannot be applied", "Give a finite number such as 1.0 or -0.5.")
     return value
+
+
+def kept(squares: Tensor, rank: int) -> float:
+    """The part that the first `rank` of some squared singular values have in their sum; 1.0 where all are zero."""
+    total = float(squares.sum())
+    return float(squares[:rank].sum()) / total if total > 0 else 1.0
+
+
+def smallest_rank(squares: Tensor, energy: float) -> int:
+    """How many of some squared singular values, largest first, make up that part of their sum: at least 1."""
+    check_energy(energy)
+    sums = squares.cumsum(0)
+    return min(int((sums < energy * sums[-1]).sum()) + 1, len(sums)) if len(sums) else 1
+
+
+def check_cut(rank: int | None, energy: float | None) -> None:
+    """Raises InputError unless a cut is given in exactly one way, and in range."""
+    if (rank is None) == (energy is None):
+        raise InputError("a vector is cut either to a rank or to an energy", "Give one of the two.")
+    if rank is not None:
+        check_rank(rank)
+    if energy is not None:
+        check_energy(energy)
+
+
+def check_rank(rank: int | None) -> int:
+    """The rank; raises InputError where it is no whole number of at least 1."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise InputError(f"{rank} is no rank", "Give a whole number of at least 1, such as 16.")
+    return rank
+
+
+def check_energy(energy: float) -> float:
+    """The energy; raises InputError where it is not above 0 and at most 1."""
+    if not 0 < energy <= 1:  # also where it is NaN
+        raise InputError(f"an energy of {energy} cannot be kept", "Give a part of 1, such as 0.95.")
+    return energy

@@ -5,10 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from lora_prefvec.errors import InputError
-from lora_prefvec.vector.delta import LowRankDelta, combine, finite
+from lora_prefvec.vector.delta import LowRankDelta, check_cut, check_rank, combine, finite, kept, smallest_rank
 from lora_prefvec.vector.identity import BaseIdentity
+
+if TYPE_CHECKING:
+    from lora_prefvec.vector.filters import Filter
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +68,79 @@ class PreferenceVector:
         """Cosine of the angle between two vectors, of their dense deltas; 0.0 where one of them is zero."""
         norms = self.norm() * other.norm()
         return max(-1.0, min(1.0, (self @ other) / norms)) if norms > 0 else 0.0
+
+    def spectrum(self) -> dict[str, Tensor]:
+        """Module -> singular values of its delta, largest first, float64."""
+        return {name: delta.spectrum() for name, delta in self.deltas.items()}
+
+    def energy(self, rank: int) -> float:
+        """The part of the squared norm, over all modules, that the best approximation of each to `rank` keeps."""
+        return kept(self._squares(), check_rank(rank))
+
+    def rank_for(self, energy: float) -> int:
+        """The smallest rank which, given to all modules alike, keeps that part of the squared norm over all of them.
+
+        Raises:
+            InputError: the energy is not above 0 and at most 1.
+        """
+        return smallest_rank(self._squares(), energy)
+
+    def truncate(
+        self, *, rank: int | None = None, energy: float | None = None, per_module: bool = False
+    ) -> PreferenceVector:
+        """The best approximation of every module (Eckart and Young 1936) to a rank, or to a part of the squared norm.
+
+        Args:
+            rank: the largest rank of a module.
+            energy: the part to keep, above 0 and at most 1. All modules get one rank, the smallest that keeps this part
+                of the vector's squared norm in total: what a written adapter with its one rank can use best.
+            per_module: keep `energy` in every module instead, each at its own smallest rank.
+
+        Raises:
+            InputError: both or none of rank and energy are given, or one is out of range.
+        """
+        check_cut(rank, energy)
+        if energy is not None and not per_module:
+            rank, energy = self.rank_for(energy), None
+        cut = {name: delta.truncate(rank=rank, energy=energy) for name, delta in self.deltas.items()}
+        return replace(self, deltas=cut)
+
+    def project_out(self, other: PreferenceVector, *, per_module: bool = False) -> PreferenceVector:
+        """What is left after taking away the part along `other`: v - (<v, w> / <w, w>) w, orthogonal to w.
+
+        Args:
+            other: w; it may change modules that this vector lacks, and the result then changes them too.
+            per_module: project each module on its own, so that the two are orthogonal in every one; no module is added.
+
+        Raises:
+            InputError: the two belong to different bases, or a module has two shapes.
+        """
+        if not per_module:
+            shared = self @ other
+            return linear_combination([(1.0, self), (-shared / (other @ other), other)]) if shared else self
+        identity = common_identity([self.identity, other.identity])
+        left = {name: mine.project_out(theirs) for name, mine, theirs in _pairs(self, other)}
+        return PreferenceVector({**self.deltas, **left}, identity)
+
+    def filtered(self, keep: Filter) -> PreferenceVector:
+        """The vector with the modules that the filter keeps, unchanged there and zero everywhere else.
+
+        Raises:
+            InputError: the filter keeps no module, or one of its words names none.
+        """
+        names = keep.select(self.deltas)
+        return replace(self, deltas={name: self.deltas[name] for name in names})
+
+    def to(self, device: torch.device | str) -> PreferenceVector:
+        """The same vector with its factors on `device`."""
+        return replace(self, deltas={name: delta.to(device) for name, delta in self.deltas.items()})
+
+    def _squares(self) -> Tensor:
+        """The k-th largest squared singular values of all modules, summed, for every k: [largest rank], float64."""
+        spectra = [values.cpu() for values in self.spectrum().values()]
+        if not spectra:
+            return torch.zeros(1, dtype=torch.float64)
+        return (torch.nn.utils.rnn.pad_sequence(spectra) ** 2).sum(dim=1)
 
 
 def extract(positive: PreferenceVector, negative: PreferenceVector) -> PreferenceVector:

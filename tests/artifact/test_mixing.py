@@ -5,23 +5,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_prefvec.artifact import (
+    MixSettings,
     Provenance,
     check_same_base,
     compose,
     extract_provenance,
+    merge_mix,
     mix_file,
     mix_provenance,
     open_mix,
     read_adapter,
     read_mix_file,
     reopen_mix,
+    typed_mix,
     write_adapter,
 )
 from lora_prefvec.errors import InputError
 from lora_prefvec.vector import BaseIdentity
-from tests.artifact.factors import assert_same, small_vector
+from tests.artifact.factors import assert_same, dense, small_vector
 
 BASE = BaseIdentity("owner/base", "c0ffee", "1" * 64, "2" * 64, "3" * 64, "nf4")
 
@@ -76,12 +80,16 @@ def test_a_name_stays_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "",
         "[1]",
         "vectors: []",
-        "vectors: [{vector: a}]",
+        "vectors: [{coefficient: 1}]",
+        "vectors: [{vector: a, coefficient: []}]",
+        "vectors: [{vector: a, layers: 8-2}]",
+        "vectors: [{vector: a}]\nrank: 4\nenergy: 0.9",
+        "vectors: [{vector: a}]\ndensity: 0",
         "a: [",
         "vectors: [{vector: a, coefficient: .nan}]",
         "x: !!python/object:os.system {}",
         "vectors: [{vector: a, coefficient: 1}]\nmood: x",
-        "vectors: [{vector: a, coefficient: 1}]\nmethod: ties",
+        "vectors: [{vector: a, coefficient: 1}]\nmethod: soup",
     ],
 )
 def test_a_wrong_mix_file_is_one_line(tmp_path: Path, text: str) -> None:
@@ -152,3 +160,40 @@ def test_the_pair_of_a_vector_must_be_the_right_way_round(tmp_path: Path) -> Non
         pair({"sign": 1}, {"sign": 1})
     with pytest.raises(InputError, match="harmless and helpful"):
         pair({"sign": 1, "preference": "helpful"}, {"sign": -1, "preference": "harmless"})
+
+
+def test_a_part_of_a_vector_and_its_settings_come_again(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", 0), write(tmp_path / "b", 1)
+    found, none = typed_mix([f"{a}=[0.5,1],modules=mlp", f"{b}=-1,layers=1"])
+    assert none is None
+    settings = MixSettings(method="ties", rank=2, density=0.75, seed=3, normalize=True)
+    merged = merge_mix(found, settings)
+    out = tmp_path / "m"
+    out.mkdir()
+    text = mix_file(found, merged.vector, out, "float32", settings).to_yaml()
+    (out / "mix.yaml").write_text(text)
+    again, file = typed_mix([str(out / "mix.yaml")])
+    assert file is not None
+    assert file.settings == settings
+    assert [(one.coefficient, one.filter) for one in again] == [(one.coefficient, one.filter) for one in found]
+    remade = merge_mix(again, file.settings)
+    assert remade.energy == merged.energy < 1
+    assert_same(remade.vector, merged.vector)
+    facts = mix_provenance(again, remade.vector, "mix", remade)
+    assert facts.method == "ties"
+    assert facts.parents[0].filter == "modules=mlp"
+    assert facts.parents[0].coefficient == (0.5, 1.0)
+    assert facts.metrics["energy_kept"] == merged.energy
+
+
+def test_a_part_is_the_masked_sum(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", 0), write(tmp_path / "b", 1)
+    found, _ = typed_mix([f"{a}=2,layers=1,modules=self_attn", f"{b}=[0,1]"])
+    one, two = (dense(ingredient.adapter.vector) for ingredient in found)
+    mixed = dense(compose(found))
+    for name in two:
+        if "layers.0" in name:
+            assert name not in mixed
+        else:
+            expected = two[name] + (2 * one[name] if "self_attn" in name else 0)
+            torch.testing.assert_close(mixed[name], expected)

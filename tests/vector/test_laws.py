@@ -7,50 +7,9 @@ import math
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from lora_prefvec.vector import LowRankDelta, Mix, MixEntry, PreferenceVector, extract
-
-SHAPES = {"model.layers.0.self_attn.q_proj": (12, 9), "model.layers.0.mlp.up_proj": (7, 16), "lm_head": (20, 5)}
-Dense = dict[str, Tensor]
-
-
-@st.composite
-def vectors(draw: st.DrawFn) -> PreferenceVector:
-    """A vector over any of the modules, each with a rank of its own and a scale over six orders of magnitude."""
-    modules = draw(st.lists(st.sampled_from(sorted(SHAPES)), unique=True))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    deltas = {}
-    for name in modules:
-        rows, columns = SHAPES[name]
-        rank = draw(st.integers(1, 6))
-        scale = 10.0 ** draw(st.integers(-3, 3))
-        A = torch.randn(rank, columns, generator=generator)
-        deltas[name] = LowRankDelta(A, torch.randn(rows, rank, generator=generator) * scale)
-    return PreferenceVector(deltas)
-
-
-coefficients = st.floats(-4, 4, width=16)  # none so small that float32 factors underflow
-
-
-def dense(vector: PreferenceVector) -> Dense:
-    """What the vector stands for: a float64 matrix for every module, zeros where it has none."""
-    return {
-        name: vector.deltas[name].B.double() @ vector.deltas[name].A.double()
-        if name in vector.deltas
-        else torch.zeros(shape, dtype=torch.float64)
-        for name, shape in SHAPES.items()
-    }
-
-
-def size(matrices: Dense) -> float:
-    return math.sqrt(sum(float((matrix**2).sum()) for matrix in matrices.values()))
-
-
-def assert_is(vector: PreferenceVector, expected: Dense, scale: float) -> None:
-    """The vector is the expected delta, but for rounding of float32 at the scale of the terms that made it."""
-    error = size({name: matrix - expected[name] for name, matrix in dense(vector).items()})
-    assert error <= 1e-6 * scale
+from tests.vector.strategies import SHAPES, assert_is, coefficients, dense, inner, size, vectors
 
 
 def test_dense_is_the_product_of_the_factors() -> None:
@@ -122,7 +81,7 @@ def test_extract_in_float32_within_1e_5_at_a_real_shape() -> None:
 
 @given(vectors(), vectors())
 def test_inner_product_norm_and_cosine(v: PreferenceVector, w: PreferenceVector) -> None:
-    product = sum(float((dense(v)[name] * dense(w)[name]).sum()) for name in SHAPES)
+    product = inner(dense(v), dense(w))
     norms = size(dense(v)) * size(dense(w))
     assert math.isclose(v @ w, product, rel_tol=1e-9, abs_tol=1e-9 * norms)
     assert math.isclose(v @ w, w @ v, rel_tol=1e-9, abs_tol=1e-9 * norms)
@@ -131,10 +90,116 @@ def test_inner_product_norm_and_cosine(v: PreferenceVector, w: PreferenceVector)
 
 
 @settings(max_examples=50)
-@given(vectors())
-def test_spectrum_is_that_of_the_dense_delta(v: PreferenceVector) -> None:
-    for name, delta in v.deltas.items():
-        expected = torch.linalg.svdvals(dense(v)[name])
+@given(vectors(), vectors())
+def test_svd_and_spectrum_are_those_of_the_dense_delta(v: PreferenceVector, w: PreferenceVector) -> None:
+    total = v + w
+    for name, delta in total.deltas.items():
+        expected = torch.linalg.svdvals(dense(total)[name])
         count = min(delta.rank, *delta.shape)
-        assert delta.spectrum().shape == (count,)
-        torch.testing.assert_close(delta.spectrum(), expected[:count], rtol=1e-9, atol=1e-9 * float(expected[0]))
+        U, S, V = delta.svd()
+        assert (U.shape, S.shape, V.shape) == ((delta.shape[0], count), (count,), (delta.shape[1], count))
+        scale = float(expected[0])
+        for values in (S, delta.spectrum(), total.spectrum()[name]):
+            torch.testing.assert_close(values, expected[:count], rtol=0, atol=1e-12 * scale)
+        torch.testing.assert_close(U * S @ V.T, dense(total)[name], rtol=0, atol=1e-12 * scale)
+        for basis in (U, V):
+            torch.testing.assert_close(basis.T @ basis, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@given(vectors(), vectors(), st.integers(1, 14))
+def test_truncation_is_the_best_of_its_rank(v: PreferenceVector, w: PreferenceVector, rank: int) -> None:
+    """Eckart and Young: the error is the tail of the dense spectrum, and the energy is what is left of its squares."""
+    total = v + w
+    cut = total.truncate(rank=rank)
+    assert cut.rank <= rank
+    tails, squares = 0.0, 0.0
+    for name, matrix in dense(total).items():
+        values = torch.linalg.svdvals(matrix)
+        tail = float(values[rank:].norm())
+        scale = float(values[0])
+        error = float((dense(cut)[name] - matrix).norm())
+        assert math.isclose(error, tail, rel_tol=1e-6, abs_tol=2e-6 * scale)
+        tails, squares = tails + tail**2, squares + float(values.square().sum())
+        if name in total.deltas:
+            kept = 1 - tail**2 / float(values.square().sum())
+            assert math.isclose(total.deltas[name].energy(rank), kept, abs_tol=1e-9)
+    assert math.isclose(total.energy(rank), 1 - tails / squares if squares else 1.0, abs_tol=1e-9)
+
+
+@given(vectors(), vectors(), st.floats(0.05, 0.999))
+def test_an_energy_is_kept_at_the_smallest_rank(v: PreferenceVector, w: PreferenceVector, energy: float) -> None:
+    total = v + w
+    rank = total.rank_for(energy)
+    assert total.energy(rank) >= energy - 1e-9
+    assert rank == 1 or total.energy(rank - 1) < energy
+    cut = total.truncate(energy=energy)
+    assert cut.rank <= rank
+    assert (cut.norm() ** 2 + 1e-30) / (total.norm() ** 2 + 1e-30) >= energy - 1e-5
+
+    each = total.truncate(energy=energy, per_module=True)
+    for name, delta in total.deltas.items():
+        smallest = delta.rank_for(energy)
+        assert each.deltas[name].rank <= smallest
+        assert smallest == 1 or delta.energy(smallest - 1) < energy
+        assert (each.deltas[name].norm() / delta.norm()) ** 2 >= energy - 1e-5
+
+
+@given(vectors())
+def test_truncation_drops_no_direction_that_is_there(v: PreferenceVector) -> None:
+    assert v.truncate(rank=max(v.rank, 1)).deltas == v.deltas  # the very same objects
+    assert_is((v + v).truncate(energy=1.0), {name: 2 * matrix for name, matrix in dense(v).items()}, 2 * size(dense(v)))
+    doubled = (v + v + v).truncate(rank=7)
+    assert_is(doubled, {name: 3 * matrix for name, matrix in dense(v).items()}, 3 * size(dense(v)))
+    for name, delta in doubled.deltas.items():
+        own = v.deltas[name].rank
+        assert delta.rank <= (own if 3 * own > 7 else 3 * own)  # three times the same directions
+    nothing = (v - v).truncate(rank=1)
+    assert all(not delta.dense().any() for delta in nothing.deltas.values())
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**31), st.integers(0, 9))
+def test_factors_that_nearly_cancel_keep_their_digits(seed: int, digits: int) -> None:
+    """As d+ - d- from one initialisation: what is left is 10^-digits of its terms, and the spectrum is right in it."""
+    generator = torch.Generator().manual_seed(seed)
+    A, B, C, D = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(3, 40), (30, 3)] * 2)
+    size = 10.0**-digits
+    delta = LowRankDelta(A, B) - LowRankDelta(A + size * C, B + size * D)
+    exact = -size * (D @ A + B @ C + size * D @ C)
+    rounding = 1e-13 / size
+    torch.testing.assert_close(
+        delta.spectrum()[:6], torch.linalg.svdvals(exact)[:6], rtol=0, atol=rounding * float(exact.norm())
+    )
+    cut = delta.truncate(rank=5).dense()
+    tail = torch.linalg.svdvals(exact)[5]
+    assert abs(float((cut - exact).norm()) - tail) <= rounding * float(exact.norm())
+
+
+def test_factors_of_very_different_size_lose_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(3, 8, generator=generator), torch.randn(9, 3, generator=generator)
+    scales = torch.tensor([1e9, 1e-9, 1.0])
+    skewed = LowRankDelta(A * scales[:, None], B / scales) + LowRankDelta(A, B)
+    torch.testing.assert_close(skewed.truncate(rank=3).dense(), 2 * B @ A, rtol=1e-5, atol=1e-5)
+
+
+@given(vectors(), vectors())
+def test_what_is_projected_out_is_gone(v: PreferenceVector, w: PreferenceVector) -> None:
+    across, along = dense(w), inner(dense(v), dense(w))
+    square = inner(across, across)
+    share = along / square if square else 0.0
+    expected = {name: matrix - share * across[name] for name, matrix in dense(v).items()}
+    left = v.project_out(w)
+    assert_is(left, expected, 2 * size(dense(v)))
+    assert abs(left @ w) <= 1e-6 * size(dense(v)) * size(across)
+    assert left.norm() <= v.norm() * (1 + 1e-6)
+
+    each = v.project_out(w, per_module=True)
+    assert each.deltas.keys() == v.deltas.keys()
+    for name, matrix in dense(each).items():
+        assert abs(float((matrix * across[name]).sum())) <= 1e-6 * float(dense(v)[name].norm() * across[name].norm())
+        flat = across[name].flatten()
+        rest = (
+            dense(v)[name] - (float(dense(v)[name].flatten() @ flat) / max(float(flat @ flat), 1e-300)) * across[name]
+        )
+        assert float((matrix - rest).norm()) <= 2e-6 * float(dense(v)[name].norm())
