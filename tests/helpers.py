@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -43,6 +44,7 @@ GPT2 = {
     "bos_token_id": 257,
     "eos_token_id": 258,
 }
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**COMMON),
     "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=32),
@@ -50,6 +52,9 @@ CONFIGS = {
     "gemma3": lambda: transformers.Gemma3TextConfig(**COMMON, head_dim=16, sliding_window=32),
     "phi3": lambda: transformers.Phi3Config(**COMMON),
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**COMMON, **EXPERTS, head_dim=16, num_experts=4),
+    "mixtral": lambda: transformers.MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "gpt_oss": lambda: transformers.GptOssConfig(**COMMON, head_dim=16, num_local_experts=4, num_experts_per_tok=2),
 }
 
 
@@ -75,6 +80,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """The model in a folder, ready to be used."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    """What a model answers to two rows of tokens: [2, 12, vocabulary]."""
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.arange(24).reshape(2, 12)).logits
+    return found
+
+
+def distance(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the second."""
+    return float((left - right).norm() / right.norm())
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -1,7 +1,10 @@
 """Adapter folders: where they lie, what they say of themselves, how they are read, written and folded."""
 
 from lora_prefvec.artifact.atomic import atomic_file, atomic_folder, check_target
-from lora_prefvec.artifact.describe import describe
+from lora_prefvec.artifact.base_facts import Base, find_base, need_base, read_base
+from lora_prefvec.artifact.describe import compare, describe, powers_of_two
+from lora_prefvec.artifact.export_gguf import GgufPlan, import_gguf, plan_gguf, write_gguf
+from lora_prefvec.artifact.export_mlx import MlxPlan, plan_mlx, write_mlx
 from lora_prefvec.artifact.fold import FoldPlan, fold, plan_fold
 from lora_prefvec.artifact.folder import Adapter, read_adapter
 from lora_prefvec.artifact.identity import base_identity, identity_of
@@ -9,16 +12,19 @@ from lora_prefvec.artifact.mixing import (
     Dtype,
     Ingredient,
     MixFile,
+    MixSettings,
     check_same_base,
     compose,
     extract_provenance,
+    merge_mix,
     mix_file,
     mix_provenance,
     open_mix,
     read_mix_file,
     reopen_mix,
+    typed_mix,
 )
-from lora_prefvec.artifact.provenance import DataFacts, Parent, Provenance, TrainingFacts, read_provenance
+from lora_prefvec.artifact.provenance import DataFacts, FoldFacts, Parent, Provenance, TrainingFacts, read_provenance
 from lora_prefvec.artifact.reference import (
     adapter_names,
     commit_of,
@@ -31,11 +37,16 @@ from lora_prefvec.artifact.writing import Written, fill_adapter, plan_adapter, w
 
 __all__ = [
     "Adapter",
+    "Base",
     "DataFacts",
     "Dtype",
+    "FoldFacts",
     "FoldPlan",
+    "GgufPlan",
     "Ingredient",
     "MixFile",
+    "MixSettings",
+    "MlxPlan",
     "Parent",
     "Provenance",
     "TrainingFacts",
@@ -47,24 +58,36 @@ __all__ = [
     "check_same_base",
     "check_target",
     "commit_of",
+    "compare",
     "compose",
     "describe",
     "extract_provenance",
     "fill_adapter",
+    "find_base",
     "fold",
     "identity_of",
+    "import_gguf",
+    "merge_mix",
     "mix_file",
     "mix_provenance",
+    "need_base",
     "open_mix",
     "plan_adapter",
     "plan_fold",
+    "plan_gguf",
+    "plan_mlx",
+    "powers_of_two",
     "public_name",
     "read_adapter",
+    "read_base",
     "read_mix_file",
     "read_provenance",
     "reopen_mix",
     "resolve_adapter",
     "resolve_base",
     "shipped",
+    "typed_mix",
     "write_adapter",
+    "write_gguf",
+    "write_mlx",
 ]

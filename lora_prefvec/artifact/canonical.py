@@ -1,28 +1,45 @@
 """The one form of an adapter that PEFT, transformers, vLLM, SGLang, llama.cpp and LoRAX scale and place alike.
 
 One rank in all modules (zero-padded), the scale folded into B, every leaf in every layer, q/k/v and gate/up complete,
-the norms of A and B balanced. None of it changes the delta, not even by a rounding error.
+the norms of A and B balanced. None of it changes the delta, not even by a rounding error. Embeddings, the head, Conv1D
+and experts have no place in that form: they are written as PEFT has them, beside a grid of what has.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lora_prefvec.artifact.identity import architecture
+from lora_prefvec.artifact.kinds import (
+    expert_of,
+    is_canonical,
+    is_conv1d,
+    is_router,
+    is_single_expert,
+    leaf,
+)
 from lora_prefvec.artifact.weights import FLOATS, checkpoint_tensors
 from lora_prefvec.errors import InputError
 from lora_prefvec.vector import LowRankDelta, PreferenceVector
 
 # Engines stack these, and place a part only together with the others.
-_STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_ALIKE = {"k_proj": "v_proj", "v_proj": "k_proj", "gate_proj": "up_proj", "up_proj": "gate_proj"}
+_STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_ALIKE = {
+    "k_proj": "v_proj",
+    "v_proj": "k_proj",
+    "gate_proj": "up_proj",
+    "up_proj": "gate_proj",
+    "w1": "w3",
+    "w3": "w1",
+}
 _LAYER = re.compile(r"(?P<stem>(?:[^.]*\.)*?)(?P<layer>\d+)\.(?P<leaf>.+)")
+_SINGLE_EXPERT = re.compile(r"(?P<stem>.*experts\.)(?P<index>\d+)\.(?P<leaf>.+)")
 Shape = tuple[int, int]  # (out, in)
 
 
@@ -35,12 +52,19 @@ class Grid:
         rank: of every module: the largest rank, rounded up to 8 or a multiple of 16, which engines pad to anyway.
         target_modules: for `adapter_config.json`: leaves, or full paths where the base uses a leaf elsewhere too.
         incomplete: modules that engines which stack q/k/v or gate/up would need and whose shape is unknown.
+        target_parameters: full paths of fused experts and routers, which PEFT adapts as parameters.
     """
 
     shapes: dict[str, Shape]
     rank: int
     target_modules: list[str]
     incomplete: list[str]
+    target_parameters: list[str] = field(default_factory=list)
+
+    @property
+    def canonical(self) -> bool:
+        """Whether every engine can place all of it; otherwise it is a plain PEFT adapter."""
+        return all(is_canonical(module) for module in self.shapes)
 
 
 def grid(vector: PreferenceVector, base: Path | None = None) -> Grid:
@@ -56,41 +80,61 @@ def grid(vector: PreferenceVector, base: Path | None = None) -> Grid:
         raise InputError(
             "the vector changes no module, so there is nothing to write", "Give a coefficient that is not 0."
         )
-    known = base_shapes(base) if base else {}
     shapes: dict[str, Shape] = {name: delta.shape for name, delta in vector.deltas.items()}
-    if not known.keys() & shapes.keys():
+    layered = {name: shape for name, shape in shapes.items() if is_canonical(name) or is_conv1d(name)}
+    known = base_shapes(base) if base else {}
+    if not known.keys() & (layered or shapes).keys():
         known = {}  # a checkpoint that names its tensors otherwise than the model its modules tells nothing
     if known:
-        check_fits(vector, known)
+        # What a base ties or fuses is not there under its module's name, and is checked where it is used.
+        alike = {name: delta for name, delta in vector.deltas.items() if name in layered or name in known}
+        check_fits(PreferenceVector(alike), known)
     missing = []
-    for stem, leaves in _leaves(shapes).items():
-        layers = _layers(shapes, stem, base)
-        for leaf in sorted({*leaves, *(mate for present in leaves for mate in _mates(present))}):
+    for stem, leaves in _leaves(layered).items():
+        layers = _layers(layered, stem, base)
+        for part in sorted({*leaves, *(mate for present in leaves for mate in _mates(present))}):
             for layer in layers:
-                name = f"{stem}{layer}.{leaf}"
+                name = f"{stem}{layer}.{part}"
                 if name in shapes:
                     continue
-                shape = known.get(name) if known else leaves.get(leaf) or leaves.get(_alike(leaf))
+                shape = known.get(name) if known else leaves.get(part) or leaves.get(_alike(part))
                 if shape is not None:
                     shapes[name] = shape
                 elif not known:  # a known base may lack it on purpose: not every layer need have attention
                     missing.append(name)
+    _complete_experts(shapes, _expert_count(base))
     ordered = dict(sorted(shapes.items(), key=lambda item: _by_depth(item[0])))
-    return Grid(ordered, _engine_rank(vector.rank), _targets(ordered, known), missing)
+    parameters = {
+        fused[0] if (fused := expert_of(name)) else f"{name}.weight" for name in ordered if _is_parameter(name)
+    }
+    return Grid(ordered, _engine_rank(vector.rank), _targets(ordered, known), missing, sorted(parameters))
 
 
 def factors(vector: PreferenceVector, module: str, grid: Grid) -> LowRankDelta:
     """A module's factors as they are written: balanced and zero-padded to [rank, in] and [out, rank], float32."""
     out_features, in_features = grid.shapes[module]
-    A, B = torch.zeros(grid.rank, in_features), torch.zeros(out_features, grid.rank)
-    if module in vector.deltas:
-        delta = vector.deltas[module]
-        A[: delta.rank], B[:, : delta.rank] = _balance(delta.A.float().cpu(), delta.B.float().cpu())
+    delta = vector.deltas.get(module)
+    if delta is None:
+        return LowRankDelta(torch.zeros(grid.rank, in_features), torch.zeros(out_features, grid.rank))
+    A, B = balance(delta.A.float().cpu(), delta.B.float().cpu())
+    if delta.rank < grid.rank:
+        A, B = _padded(A, 0, grid.rank), _padded(B, 1, grid.rank)
     return LowRankDelta(A, B)
+
+
+def _padded(factor: Tensor, dimension: int, rank: int) -> Tensor:
+    """A factor with components of zeros behind its own."""
+    shape = list(factor.shape)
+    shape[dimension] = rank
+    wide = factor.new_zeros(shape)
+    wide.narrow(dimension, 0, factor.shape[dimension]).copy_(factor)
+    return wide
 
 
 def trim(A: Tensor, B: Tensor) -> LowRankDelta:
     """Drop the components that are zero, which padding added; a delta that is all zero keeps one."""
+    if bool((A[:, 0] != 0).all()) and bool((B[0] != 0).all()):
+        return LowRankDelta(A, B)  # one look at each component: the usual case
     used = (A != 0).any(dim=1) & (B != 0).any(dim=0)
     used[0] |= not bool(used.any())
     return LowRankDelta(A, B) if bool(used.all()) else LowRankDelta(A[used].contiguous(), B[:, used].contiguous())
@@ -116,13 +160,45 @@ def base_shapes(folder: Path) -> dict[str, Shape]:
     """Module -> (out, in) for each matrix `<module>.weight` of a base, from the headers; empty where it has none."""
     try:
         tensors = checkpoint_tensors(folder)
+        model_type = architecture(folder).get("model_type")
     except InputError:
         return {}
-    return {
-        name.removesuffix(".weight"): (spec.shape[0], spec.shape[1])
-        for name, spec in tensors.items()
-        if name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in FLOATS
-    }
+    shapes: dict[str, Shape] = {}
+    for name, spec in tensors.items():
+        if name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in FLOATS:
+            module = name.removesuffix(".weight")
+            rows, columns = spec.shape
+            shapes[module] = (columns, rows) if is_conv1d(module, model_type) else (rows, columns)
+    return shapes
+
+
+def _complete_experts(shapes: dict[str, Shape], count: int) -> None:
+    """Add the experts that are missing beside others: PEFT holds all of a layer's experts in one tensor.
+
+    Args:
+        count: of the base's experts; where it is less, the largest number in the vector counts.
+    """
+    single = [match for name in shapes if is_single_expert(name) and (match := _SINGLE_EXPERT.fullmatch(name))]
+    fused = [found for name in shapes if (found := expert_of(name))]
+    count = max([count, *(int(match["index"]) + 1 for match in single), *(index + 1 for _, index in fused)])
+    for parameter, index in fused:
+        for other in range(count):
+            shapes.setdefault(f"{parameter}.{other}", shapes[f"{parameter}.{index}"])
+    for match in single:
+        own = match["leaf"]
+        for name in {own, *_mates(own)}:
+            for other in range(count):
+                shapes.setdefault(f"{match['stem']}{other}.{name}", shapes[match[0]])
+
+
+def _expert_count(base: Path | None) -> int:
+    count = architecture(base).get("num_local_experts") if base else None
+    return count if isinstance(count, int) else 0
+
+
+def _is_parameter(module: str) -> bool:
+    """Whether PEFT adapts a module as a bare parameter."""
+    return expert_of(module) is not None or is_router(module)
 
 
 def _leaves(shapes: dict[str, Shape]) -> dict[str, dict[str, Shape]]:
@@ -166,15 +242,21 @@ def _engine_rank(rank: int) -> int:
 
 
 def _targets(shapes: dict[str, Shape], known: dict[str, Shape]) -> list[str]:
-    leaves = {name.rpartition(".")[2] for name in shapes}
-    elsewhere = any(name not in shapes and name.rpartition(".")[2] in leaves for name in known)
-    return sorted(shapes if elsewhere else leaves)
+    modules = [name for name in shapes if not _is_parameter(name)]
+    leaves = {leaf(name) for name in modules}
+    elsewhere = any(name not in shapes and leaf(name) in leaves for name in known)
+    # Both parts of GPT-2's layers have a `c_proj`.
+    return sorted({name if elsewhere or is_conv1d(name) else leaf(name) for name in modules})
 
 
-def _balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Bring the norms of each component's row of A and column of B within a factor of two, by powers of two: exact."""
-    rows, columns = A.double().norm(dim=1), B.double().norm(dim=0)
+    rows, columns = (A * A).sum(dim=1), (B * B).sum(dim=0)  # several times faster than norm() along columns
+    if not bool(((rows > 1e-30) & (rows < 1e30) & (columns > 1e-30) & (columns < 1e30)).all()):
+        rows, columns = A.double().square().sum(dim=1), B.double().square().sum(dim=0)
     used = (rows > 0) & (columns > 0)
-    exponent = torch.where(used, (columns / rows).log2() / 2, 0.0).round().clamp(-60, 60)
+    exponent = torch.where(used, (columns / rows).log2() / 4, 0.0).round().clamp(-60, 60)
+    if not bool(exponent.any()):
+        return A, B
     factor = torch.exp2(exponent).float()
     return A * factor[:, None], B / factor

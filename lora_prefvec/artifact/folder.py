@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lora_prefvec.artifact.adapter_tensors import FactorPair, sort_tensors
 from lora_prefvec.artifact.atomic import is_temporary, recover
 from lora_prefvec.artifact.canonical import trim
+from lora_prefvec.artifact.kinds import is_embedding, leaf
 from lora_prefvec.artifact.peft_config import FILE as CONFIG
 from lora_prefvec.artifact.peft_config import LoraSettings, read_config
 from lora_prefvec.artifact.provenance import Provenance, read_provenance
-from lora_prefvec.artifact.weights import FLOATS, TensorSpec, file_sha256, load_tensor, read_header
+from lora_prefvec.artifact.reference import adapters_inside, is_adapter, local_base
+from lora_prefvec.artifact.weights import (
+    TensorSpec,
+    checkpoint_tensors,
+    file_sha256,
+    load_floats,
+    load_tensor,
+    read_header,
+)
 from lora_prefvec.errors import InputError
-from lora_prefvec.vector import LowRankDelta, PreferenceVector
+from lora_prefvec.vector import BaseIdentity, LowRankDelta, PreferenceVector
 
 WEIGHTS = "adapter_model.safetensors"
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-# GPT-2 stores these transposed, and PEFT's own file does not say so.
-_CONV1D = re.compile(r"(?:.*\.)?h\.\d+\.(?:attn|crossattention|mlp)\.(?:c_attn|q_attn|c_proj|c_fc)")
+MAX_HEADER = 16 * 2**20  # of an adapter's file: room for 100,000 tensors
+_BLOCK = 2**22  # values compared at a time
 
 
 @dataclass(frozen=True)
@@ -41,11 +52,34 @@ class Adapter:
     sha256: str
 
 
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter folder whose files and header are checked, and whose factors are not loaded yet."""
+
+    path: Path
+    settings: LoraSettings
+    config: dict[str, Any]
+    provenance: Provenance | None
+    pairs: dict[str, FactorPair]
+
+    @property
+    def weights(self) -> Path:
+        """The file with the factors."""
+        return self.path / WEIGHTS
+
+    @property
+    def identity(self) -> BaseIdentity | None:
+        """The base that the folder names."""
+        return self.provenance.base if self.provenance else self.settings.identity()
+
+
 def read_adapter(path: str | Path, *, check_hash: bool = True) -> Adapter:
     """Read a LoRA folder wholly, or refuse it.
 
-    Any plain PEFT LoRA will do: rsLoRA, rank and alpha patterns and an adapter's name in the tensor names are
-    understood. The scale is folded into B, and components that are zero are dropped.
+    Any plain PEFT LoRA will do: rsLoRA, rank and alpha patterns, embeddings, the head, Conv1D, fused and single experts,
+    and an adapter's name in the tensor names are understood. The scale is folded into B, and components that are zero
+    are dropped. A whole embedding or head that PEFT saved beside its factors has to be the base's own, which is looked
+    up where the config says the base lies, and in the Hub's cache.
 
     Args:
         check_hash: compare the weights with the hash in `prefvec.json`.
@@ -53,29 +87,111 @@ def read_adapter(path: str | Path, *, check_hash: bool = True) -> Adapter:
     Raises:
         InputError: the folder is unfinished, damaged, no adapter, or no linear delta; the message says which.
     """
+    folder = open_adapter(path)
+    with ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(file_sha256, folder.weights)
+        try:
+            deltas = _load(folder)
+        except InputError:
+            _check_hash(folder, digest.result(), check_hash)  # says more than what the wrong bytes led to
+            raise
+        sha256 = digest.result()
+    _check_hash(folder, sha256, check_hash)
+    vector = PreferenceVector(deltas, folder.identity)
+    return Adapter(folder.path, vector, folder.provenance, folder.config, sha256)
+
+
+def open_adapter(path: str | Path, *, dora: bool = False) -> AdapterFolder:
+    """Check the files and the header of an adapter folder, without loading a factor.
+
+    Args:
+        dora: take a DoRA too; its pairs have a magnitude.
+
+    Raises:
+        InputError: as `read_adapter`.
+    """
     folder = Path(path)
-    recover(folder)
-    if is_temporary(folder.absolute()):
-        raise InputError(
-            f"{folder} is an unfinished write", "Give the folder that was to be written, or write it again."
-        )
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}", "Give the folder of an adapter.")
-    settings, config = read_config(folder)
+    _check_folder(folder)
+    settings, config = read_config(folder, dora=dora)
     facts = read_provenance(folder)
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise _no_weights(folder)
-    sha256 = file_sha256(weights)
-    if check_hash and facts and facts.weights_sha256 and facts.weights_sha256 != sha256:
+    header = read_header(weights, MAX_HEADER)[0]
+    try:
+        tensors = sort_tensors(weights, header, settings)
+    except TimeoutError:
+        raise InputError(f"{folder} has patterns that take too long to run", "Name the modules plainly.") from None
+    opened = AdapterFolder(folder, settings, config, facts, tensors.pairs)
+    if tensors.copies:
+        _check_copies(opened, tensors.copies)
+    return opened
+
+
+def deltas_of(key: str, pair: FactorPair, a: Tensor, b: Tensor) -> Iterator[tuple[str, LowRankDelta]]:
+    """The deltas behind a pair of tensors, as (module, delta), from values in float32 that may be changed.
+
+    PEFT's stacked experts (tuners/lora/layer.py, `ParamWrapper.get_delta_weight`): A is one [r, in] below the other, and
+    column k * experts + e of B is column k of expert e.
+
+    Raises:
+        InputError: a factor holds NaN or infinity, or overflows when it is scaled.
+    """
+    if pair.scale != 1.0:
+        b.mul_(pair.scale)
+    try:
+        if pair.embedding:
+            yield key, trim(b.T.contiguous(), a.T.contiguous())
+        elif pair.experts is None:
+            yield key, trim(a, b)
+        else:
+            A, B = a.view(pair.experts, pair.rank, -1), b.view(-1, pair.rank, pair.experts)
+            for index in range(pair.experts):
+                yield f"{key}.{index}", trim(A[index], B[:, :, index].contiguous())
+    except InputError:
+        for spec in (pair.a, pair.b):
+            if not bool(torch.isfinite(load_tensor(spec)).all()):
+                part = "A" if spec is pair.a else "B"
+                raise InputError(
+                    f"{spec.file} holds NaN or infinity in factor {part} of {key}",
+                    "Its training diverged: use another one.",
+                ) from None
         raise InputError(
-            f"{weights} has SHA-256 {sha256[:12]}..., and prefvec.json says {facts.weights_sha256[:12]}...",
+            f"{pair.b.file} overflows when {key} is scaled by its lora_alpha", "Get the adapter again."
+        ) from None
+
+
+def _load(folder: AdapterFolder) -> dict[str, LowRankDelta]:
+    values = load_floats([spec for pair in folder.pairs.values() for spec in (pair.a, pair.b)])
+    deltas: dict[str, LowRankDelta] = {}
+    for (key, pair), a, b in zip(folder.pairs.items(), values[::2], values[1::2], strict=True):
+        deltas.update(deltas_of(key, pair, a, b))
+    return deltas
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        recover(folder)
+        if is_temporary(folder.absolute()):
+            raise InputError(
+                f"{folder} is an unfinished write", "Give the folder that was to be written, or write it again."
+            )
+        if not folder.is_dir():
+            raise InputError(f"there is no folder {folder}", "Give the folder of an adapter.")
+        if not is_adapter(folder):
+            raise InputError(f"{folder} holds no {CONFIG}", adapters_inside(folder))
+    except (OSError, RuntimeError, ValueError) as error:  # a cycle of links, a closed folder, a name that is too long
+        said = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {folder}: {said}", "Give the folder of an adapter.") from None
+
+
+def _check_hash(folder: AdapterFolder, sha256: str, wanted: bool) -> None:
+    facts = folder.provenance
+    if wanted and facts and facts.weights_sha256 and facts.weights_sha256 != sha256:
+        raise InputError(
+            f"{folder.weights} has SHA-256 {sha256[:12]}..., and prefvec.json says {facts.weights_sha256[:12]}...",
             "The weights were changed: get the folder again, or read them as they are with --allow-mismatch.",
         )
-    pairs = _pair_up(weights, read_header(weights)[0])
-    deltas = {module: _delta(module, a, b, settings) for module, (a, b) in pairs.items()}
-    identity = facts.base if facts else settings.identity()
-    return Adapter(folder, PreferenceVector(deltas, identity), facts, config, sha256)
 
 
 def _no_weights(folder: Path) -> InputError:
@@ -87,72 +203,53 @@ def _no_weights(folder: Path) -> InputError:
     return InputError(f"{folder} holds no {WEIGHTS}", "Get the folder again, with its weights.")
 
 
-def _pair_up(path: Path, tensors: dict[str, TensorSpec]) -> dict[str, tuple[TensorSpec, TensorSpec]]:
-    """Module -> its A and B; anything in the file that is no factor of a linear layer is refused."""
-    found: dict[str, dict[str, TensorSpec]] = {}
-    adapters = set()
-    for name, spec in tensors.items():
-        match = _FACTOR.fullmatch(name)
-        if match is None:
-            raise _not_a_factor(path, name)
-        module, part = match["module"], match["part"]
-        _check_module(path, module)
-        adapters.add(match["adapter"])
-        if part in found.setdefault(module, {}):
-            raise InputError(f"{path} holds two factors {part} of {module}", "Save the adapter again, alone.")
-        if spec.dtype not in FLOATS:
-            raise InputError(f"{path} holds {name} as {spec.dtype}", "Save it as float32, bfloat16 or float16.")
-        found[module][part] = spec
-    if len(adapters) > 1:
-        raise InputError(f"{path} holds several adapters: {sorted(map(str, adapters))}", "Save each in its own folder.")
-    if not found:
-        raise InputError(f"{path} holds no tensors", "Get the adapter again.")
-    for module, parts in found.items():
-        if len(parts) != 2:
+def _check_copies(folder: AdapterFolder, copies: dict[str, TensorSpec]) -> None:
+    """Refuse a whole embedding or head that is not, or cannot be shown to be, the base's own.
+
+    PEFT saves it beside the factors (utils/save_and_load.py, `get_peft_model_state_dict`), frozen but for a vocabulary
+    that was resized, and loading it would overwrite the base's.
+    """
+    named = folder.settings.base_model_name_or_path or ""
+    base = Path(named) if (Path(named) / "config.json").is_file() else local_base(folder.identity)
+    way_out = "save the adapter again with save_embedding_layers=False, where the vocabulary was not resized."
+    for module, copy in copies.items():
+        if base is None:
             raise InputError(
-                f"{path} lacks factor {'B' if 'A' in parts else 'A'} of {module}", "Get the adapter again."
+                f"{folder.weights} holds all of {module}, and without its base {named or '(not named)'} nobody can tell"
+                " whether it was changed",
+                f"Download the base (hf download {named or 'ID'}), or {way_out}",
             )
-    return {module: (parts["A"], parts["B"]) for module, parts in found.items()}
-
-
-def _not_a_factor(path: Path, name: str) -> InputError:
-    shown = repr(name[:200])
-    if "lora_magnitude_vector" in name:
-        return InputError(f"{path} is a DoRA (it holds {shown})", "Train it again without use_dora.")
-    if "lora_embedding_" in name:
-        return InputError(f"{path} adapts an embedding ({shown})", "Train it on linear layers only.")
-    if name.endswith(".bias"):
-        return InputError(f"{path} carries a bias ({shown})", "Train it again with bias none.")
-    return InputError(f"{path} holds {shown}, which is no factor of a LoRA", "Train it without modules_to_save.")
-
-
-def _check_module(path: Path, module: str) -> None:
-    leaf = module.rpartition(".")[2]
-    if leaf in {"lm_head", "embed_tokens", "embed_out", "wte"}:
-        raise InputError(f"{path} adapts {module}", "Train it on the linear layers between embedding and head.")
-    if ".experts" in module:
-        raise InputError(f"{path} adapts experts ({module})", "Train it on the attention layers.")
-    if leaf == "base_layer":
-        raise InputError(f"{path} holds {module}, a part of the base", "Save the adapter alone.")
-    if _CONV1D.fullmatch(module):
-        raise InputError(f"{path} adapts GPT-2's Conv1D layers ({module})", "Use a base with plain linear layers.")
-
-
-def _delta(module: str, a: TensorSpec, b: TensorSpec, settings: LoraSettings) -> LowRankDelta:
-    """The delta of a module in float32, scale folded into B."""
-    rank = settings.rank(module)
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
-        raise InputError(
-            f"{a.file} holds {module} as A {list(a.shape)} and B {list(b.shape)}, and {CONFIG} says rank {rank}",
-            "Get the adapter again.",
-        )
-    A, B = load_tensor(a).float(), load_tensor(b).float()
-    for part, factor in (("A", A), ("B", B)):
-        if not bool(torch.isfinite(factor).all()):
+        own = _same_in_base(base, module, copy)
+        if own is None or not _equal(copy, own):
             raise InputError(
-                f"{a.file} holds NaN or infinity in {module}.lora_{part}", "Its training diverged: use another one."
+                f"{folder.weights} holds all of {module}, which is not the weight of its base {base.name}",
+                f"A low-rank delta cannot hold that: train it without a resized vocabulary, or {way_out}",
             )
-    scaled = B * settings.scale(module)
-    if not bool(torch.isfinite(scaled).all()):
-        raise InputError(f"{a.file} overflows when {module} is scaled by its lora_alpha", "Get the adapter again.")
-    return trim(A, scaled)
+
+
+def _same_in_base(base: Path, module: str, copy: TensorSpec) -> TensorSpec | None:
+    """The base's own weight behind an embedding or head; that of the embedding where a tied head is not stored."""
+    tensors = checkpoint_tensors(base)
+    names = [f"{module}.weight"] if f"{module}.weight" in tensors else []
+    names += [name for name in tensors if name.endswith(f"{leaf(module)}.weight")]
+    if not names:
+        names = [name for name in tensors if is_embedding(name.removesuffix(".weight"))]
+    return next((tensors[name] for name in names if tensors[name].shape == copy.shape), None)
+
+
+def _equal(left: TensorSpec, right: TensorSpec) -> bool:
+    """Whether two tensors of one shape are the same values, once the finer of both is rounded to the other's type."""
+    count = left.size // max(1, left.shape[0]) if left.shape else 0
+    rows = max(1, _BLOCK // max(1, count))
+    for start in range(0, left.shape[0] if left.shape else 0, rows):
+        one, other = (load_tensor(_rows(spec, start, rows)) for spec in (left, right))
+        if not (torch.equal(one, other.to(one.dtype)) or torch.equal(one.to(other.dtype), other)):
+            return False
+    return bool(left.shape)
+
+
+def _rows(spec: TensorSpec, start: int, count: int) -> TensorSpec:
+    """Some rows of a tensor."""
+    size = spec.size // spec.shape[0]
+    count = min(count, spec.shape[0] - start)
+    return replace(spec, shape=(count, *spec.shape[1:]), start=spec.start + start * size, size=count * size)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import time
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
+import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_prefvec.artifact.provenance import first_complaint, read_json
@@ -32,6 +35,54 @@ _NOT_LINEAR = {
     "layer_replication": "replicated layers",
     "trainable_token_indices": "trained token embeddings",
 }
+_WEIGHTS_METHODS = frozenset(
+    {"LOKR", "LOHA", "VERA", "RANDLORA", "FOURIERFT", "C3A", "HIRA", "MISS", "SHIRA", "VBLORA"}
+)
+_PROMPT_METHODS = frozenset(
+    {"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT", "CARTRIDGE"}
+)
+_RUN_SECONDS = 1.0  # for all patterns of an adapter on all its modules
+_PLAIN = re.compile(r"(?:[\w-]|\\?\.)+")
+# Counted repeats, few enough to be tried at once; any other brace, and any repeated group, is refused.
+_SMALL_COUNT = re.compile(r"(?<![)*+?}])\{\d{1,2}(?:,\d{0,2})?\}")
+
+
+class Pattern(Generic[Number]):
+    """`rank_pattern` or `alpha_pattern`: module -> number by PEFT's rule (`peft.utils.other.get_pattern_key`).
+
+    The first key that is the module's path, or a suffix of it at a dot, decides. A key is a regular expression; one of
+    plain letters is looked up, and the others are run under a limit of time.
+    """
+
+    def __init__(self, numbers: dict[str, Number]) -> None:
+        self._numbers: list[Number] = list(numbers.values())
+        self._plain: dict[str, int] = {}
+        self._expressions: list[tuple[int, Any]] = []
+        for index, key in enumerate(numbers):
+            if _PLAIN.fullmatch(key):
+                self._plain.setdefault(key.replace("\\", ""), index)
+            else:
+                self._expressions.append((index, regex.compile(rf"(.*\.)?({key})$")))
+        self._seconds = _RUN_SECONDS
+
+    def find(self, module: str, default: Number) -> Number:
+        """The number for a module.
+
+        Raises:
+            TimeoutError: the expressions take too long.
+        """
+        first = len(self._numbers)
+        start = 0
+        while start >= 0 and self._plain:
+            first = min(first, self._plain.get(module[start:], first))
+            start = module.find(".", start) + 1 or -1
+        begin = time.monotonic()
+        for index, expression in self._expressions:
+            if index > first or expression.match(module, timeout=self._seconds):
+                first = min(first, index)
+                break
+        self._seconds = max(1e-9, self._seconds - (time.monotonic() - begin))
+        return self._numbers[first] if first < len(self._numbers) else default
 
 
 class LoraSettings(BaseModel):
@@ -42,18 +93,28 @@ class LoraSettings(BaseModel):
     r: _Rank = 8
     lora_alpha: _Alpha = 8
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, _Alpha] | None = None
+    target_parameters: list[str] | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
+    @cached_property
+    def _ranks(self) -> Pattern[int]:
+        return Pattern(self.rank_pattern or {})
+
+    @cached_property
+    def _alphas(self) -> Pattern[float]:
+        return Pattern(self.alpha_pattern or {})
+
     def rank(self, module: str) -> int:
         """The rank of a module, by PEFT's rule: the first pattern that fits, else `r`."""
-        return _first_match(self.rank_pattern or {}, module, self.r)
+        return self._ranks.find(module, self.r)
 
     def scale(self, module: str) -> float:
         """The number that multiplies B @ A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
-        alpha, rank = _first_match(self.alpha_pattern or {}, module, self.lora_alpha), self.rank(module)
+        alpha, rank = self._alphas.find(module, self.lora_alpha), self.rank(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def identity(self) -> BaseIdentity | None:
@@ -63,17 +124,18 @@ class LoraSettings(BaseModel):
         return BaseIdentity(id=public_name(self.base_model_name_or_path), revision=self.revision)
 
 
-def read_config(folder: Path) -> tuple[LoraSettings, dict[str, Any]]:
+def read_config(folder: Path, *, dora: bool = False) -> tuple[LoraSettings, dict[str, Any]]:
     """`adapter_config.json` of a folder, checked, and as it stands.
+
+    Args:
+        dora: take a DoRA too, whose delta the factors alone do not give.
 
     Raises:
         InputError: the file is missing or damaged, a field has the wrong type, or the adapter is no linear delta.
     """
     path = folder / FILE
-    if not path.exists():
-        raise InputError(f"{folder} holds no {FILE}", "Give the folder of an adapter.")
     config = read_json(path)
-    _check_linear(folder, config)
+    _check_linear(folder, config, dora)
     try:
         # A null means the default, as in PEFT's own files; `r` and `lora_alpha` have to be there.
         settings = LoraSettings.model_validate({key: value for key, value in config.items() if value is not None})
@@ -82,22 +144,24 @@ def read_config(folder: Path) -> tuple[LoraSettings, dict[str, Any]]:
     for key in ("r", "lora_alpha"):
         if config.get(key) is None:
             raise InputError(f"{path} lacks {key!r}, which scales the adapter", "Get the folder again.")
+    begin = time.monotonic()
     for pattern in (*(settings.rank_pattern or {}), *(settings.alpha_pattern or {})):
-        _check_pattern(path, pattern)
+        if not _PLAIN.fullmatch(pattern):
+            _check_pattern(path, pattern)
+            if time.monotonic() - begin > _RUN_SECONDS:
+                raise InputError(f"{path} has too many patterns to run", "Name the modules plainly.")
     return settings, config
 
 
-def _check_linear(folder: Path, config: dict[str, Any]) -> None:
+def _check_linear(folder: Path, config: dict[str, Any], dora: bool) -> None:
     """Refuse what B @ A does not describe, with the way out."""
     kind = config.get("peft_type")
     if kind != "LORA":
+        raise _other_method(folder, kind)
+    if config.get("use_dora") and not dora:
         raise InputError(
-            f"{folder} has peft_type {_shown(kind)}, which is no low-rank delta of weights",
-            "Only LoRA adapters can be mixed.",
-        )
-    if config.get("use_dora"):
-        raise InputError(
-            f"{folder} is a DoRA, which rescales the base's own weights", "Train it again without use_dora."
+            f"{folder} is a DoRA, which rescales the base's own weights, so its delta is not low-rank",
+            "Take its best low-rank fit with --approximate BASE, or train it again without use_dora.",
         )
     if config.get("bias") not in (None, "none") or config.get("lora_bias"):
         raise InputError(f"{folder} carries biases, which no low-rank delta holds", "Train it again with bias none.")
@@ -115,31 +179,31 @@ def _check_linear(folder: Path, config: dict[str, Any]) -> None:
     for key, name in _NOT_LINEAR.items():
         if config.get(key):
             raise InputError(f"{folder} uses {name} ({key})", "Only a plain LoRA can be mixed.")
-    if config.get("target_parameters"):
-        raise InputError(f"{folder} adapts fused parameters (target_parameters)", "Train it on linear layers.")
-    if config.get("fan_in_fan_out"):
-        raise InputError(
-            f"{folder} adapts GPT-2's Conv1D layers (fan_in_fan_out)", "Bases with plain linear layers can be mixed."
+
+
+def _other_method(folder: Path, kind: Any) -> InputError:
+    problem = f"{folder} has peft_type {_shown(kind)}"
+    if isinstance(kind, str) and kind in _PROMPT_METHODS:
+        return InputError(
+            f"{problem}, which trains tokens in front of the text and changes no weight", "Train a LoRA instead."
         )
-
-
-def _first_match(patterns: dict[str, Number], module: str, default: Number) -> Number:
-    """PEFT's rule (`peft.utils.other.get_pattern_key`): the first key that is the module's path or a suffix of it."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    if isinstance(kind, str) and kind in _WEIGHTS_METHODS:
+        return InputError(
+            f"{problem}, whose delta is not low-rank",
+            "Fit a LoRA to it with PEFT: peft.save_as_lora(path, model, rank).",
+        )
+    return InputError(f"{problem}, which is no low-rank delta of weights", "Only LoRA adapters can be mixed.")
 
 
 def _check_pattern(path: Path, pattern: str) -> None:
-    """Refuse a pattern that is no regular expression, or one that could run for hours on a short name."""
-    repeats = len(re.findall(r"[*+{]", pattern))
-    if len(pattern) > 500 or repeats > 3 or re.search(r"\)[*+{?]", pattern):
-        raise InputError(f"{path} has the pattern {pattern[:80]!r}, too involved to run", "Name the modules plainly.")
+    """Refuse a pattern that is no regular expression, or one that would be large once it is compiled."""
+    shown = repr(pattern[:80])
+    if len(pattern) > 500 or re.search(r"\)[*+{?]", pattern) or "{" in _SMALL_COUNT.sub("", pattern):
+        raise InputError(f"{path} has the pattern {shown}, too involved to run", "Name the modules plainly.")
     try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except re.error:
-        raise InputError(f"{path} has the pattern {pattern[:80]!r}, no regular expression", "Mend the file.") from None
+        regex.compile(rf"(.*\.)?({pattern})$")
+    except (regex.error, RecursionError, OverflowError):
+        raise InputError(f"{path} has the pattern {shown}, no regular expression", "Mend the file.") from None
 
 
 def _shown(value: Any) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import lora_prefvec
 from lora_prefvec.artifact.atomic import is_temporary, recover
 from lora_prefvec.errors import InputError, RunError, nearest
+from lora_prefvec.vector import BaseIdentity
 
 SANDBOX = "sandbox"
 ADAPTERS_VARIABLE = "PREFVEC_ADAPTERS"
@@ -40,7 +41,7 @@ def resolve_adapter(ref: str) -> Path:
             if is_adapter(place / ref):
                 return place / ref
     if folder.is_dir():
-        raise InputError(f"{ref} holds no adapter_config.json", _inside(folder))
+        raise InputError(f"{ref} holds no adapter_config.json", adapters_inside(folder))
     if folder.exists():
         raise InputError(f"{ref} is a file", "Give the folder it lies in.")
     if _is_name(ref):
@@ -71,6 +72,23 @@ def resolve_base(ref: str, revision: str | None = None) -> Path:
     if folder.exists():
         raise InputError(f"{ref} is a file", "Give the folder of a base model.")
     return _from_hub(ref, revision, _BASE_FILES, _IGNORED, "base")
+
+
+def local_base(identity: BaseIdentity | None) -> Path | None:
+    """The base's folder where it is on this machine anyway: embedded or in the Hub's cache; nothing is fetched."""
+    if identity is None:
+        return None
+    if identity.id == SANDBOX:
+        return resolve_base(SANDBOX)
+    if "/" not in identity.id:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(identity.id, "config.json", revision=identity.revision)
+    except ValueError:
+        return None  # an id that the Hub could not have
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def shipped(kind: str) -> Path:
@@ -116,8 +134,8 @@ def _is_name(ref: str) -> bool:
     return not {"/", os.sep} & set(ref) and ref not in {"", ".", ".."}
 
 
-def _inside(folder: Path) -> str:
-    """The way out for a folder that is no adapter: the adapters in it, if any."""
+def adapters_inside(folder: Path) -> str:
+    """The way out for a folder that is no adapter: the adapters in it, if any, as PEFT saves those with a name."""
     found = sorted(sub for sub in folder.iterdir() if is_adapter(sub) and not is_temporary(sub))
     if found:
         return "Did you mean " + " or ".join(str(sub) for sub in found[:4]) + "?"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +49,9 @@ _BITS = {
 }
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _DAMAGED = "The file is damaged: get it again."
+# The systems' ways to say that they cannot copy from one file system to the other.
+_CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> (safetensors dtype, shape), in the order of the file
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,11 @@ class TensorSpec:
     size: int
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+def read_header(path: Path, most: int = MAX_HEADER) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """The tensors of a safetensors file and its metadata; nothing is believed that the file's size contradicts.
+
+    Args:
+        most: bytes that the header may have.
 
     Raises:
         InputError: the file cannot be read, is cut off, or its header lies about types, shapes or places.
@@ -71,7 +79,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(size - 8, MAX_HEADER):
+            if 2 <= length <= size - 8 and length > most:
+                raise InputError(f"{path} has a header of {length >> 20} MB, and {most >> 20} MB are read", _DAMAGED)
+            if not 2 <= length <= size - 8:
                 raise InputError(f"{path} is cut off or no safetensors file ({size} bytes)", _DAMAGED)
             header = json.loads(file.read(length).decode("utf-8"))
     except OSError as error:
@@ -121,7 +131,7 @@ def load_tensor(spec: TensorSpec) -> Tensor:
         InputError: the tensor holds another type, or the file ends before it.
     """
     if spec.dtype not in FLOATS:
-        raise InputError(f"{spec.file} holds {spec.dtype} where floats belong", "Give float32, bfloat16 or float16.")
+        raise _no_floats(spec)
     buffer = bytearray(spec.size)
     with spec.file.open("rb") as file:
         file.seek(spec.start)
@@ -130,6 +140,35 @@ def load_tensor(spec: TensorSpec) -> Tensor:
     if not buffer:
         return torch.empty(spec.shape, dtype=FLOATS[spec.dtype])
     return torch.frombuffer(buffer, dtype=FLOATS[spec.dtype]).reshape(spec.shape)
+
+
+def load_floats(specs: Sequence[TensorSpec]) -> list[Tensor]:
+    """The values of many tensors of one file in float32, in one stretch of memory, each read once.
+
+    The stretch comes from numpy, which asks for large pages: a fresh page of 4 kB costs more than what is put into it.
+
+    Raises:
+        InputError: as `load_tensor`.
+    """
+    counts = [math.prod(spec.shape) for spec in specs]
+    values = torch.split(torch.from_numpy(np.empty(sum(counts), np.float32)), counts)
+    widest = max((spec.size for spec in specs if spec.dtype != "F32"), default=0)
+    scratch = torch.empty(widest, dtype=torch.uint8)
+    with specs[0].file.open("rb", buffering=0) as file:
+        for spec, target in zip(specs, values, strict=True):
+            if spec.dtype not in FLOATS:
+                raise _no_floats(spec)
+            place = target.view(torch.uint8) if spec.dtype == "F32" else scratch[: spec.size]
+            file.seek(spec.start)
+            if spec.size and file.readinto(place.numpy().data) != spec.size:
+                raise InputError(f"{spec.file} is cut off", _DAMAGED)
+            if spec.dtype != "F32" and spec.size:
+                target.copy_(place.view(FLOATS[spec.dtype]))
+    return [target.reshape(spec.shape) for spec, target in zip(specs, values, strict=True)]
+
+
+def _no_floats(spec: TensorSpec) -> InputError:
+    return InputError(f"{spec.file} holds {spec.dtype} where floats belong", "Give float32, bfloat16 or float16.")
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -173,33 +212,21 @@ def checkpoint_tensors(folder: Path) -> dict[str, TensorSpec]:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class SafetensorsWriter:
     """Writes a safetensors file tensor by tensor, so that one tensor at a time is in memory.
 
     Args:
-        layout: name -> (safetensors dtype, shape), in the order in which the tensors will come.
+        layout: in the order in which the tensors will come.
     """
 
-    def __init__(self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> None:
-        header: dict[str, Any] = {"__metadata__": metadata}
-        self._sizes: list[int] = []
-        end = 0
-        for name, (dtype, shape) in layout.items():
-            size = math.prod(shape) * _BITS[dtype] // 8
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
-            self._sizes.append(size)
-            end += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._file = path.open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
+    def __init__(self, path: Path, layout: Layout, metadata: dict[str, str]) -> None:
+        self._sizes = [layout_size({name: entry}) for name, entry in layout.items()]
+        write_header(path, layout, metadata)
+        self._file = path.open("ab")
         self._next = 0
 
     def __enter__(self) -> SafetensorsWriter:
@@ -213,33 +240,82 @@ class SafetensorsWriter:
     def write(self, tensor: Tensor) -> None:
         """Append the next tensor of the layout."""
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._count(values.numel())
+        if values.numel() != self._sizes[self._next]:
+            raise ValueError(f"tensor {self._next} has {values.numel()} bytes, not {self._sizes[self._next]}")
+        self._next += 1
         self._file.write(values.numpy().data)
 
-    def copy(self, spec: TensorSpec) -> None:
-        """Append the next tensor of the layout by copying its bytes from another file."""
-        self._count(spec.size)
-        for block in _blocks(spec):
-            self._file.write(block)
 
-    def _count(self, size: int) -> None:
-        if size != self._sizes[self._next]:
-            raise ValueError(f"tensor {self._next} has {size} bytes and {self._sizes[self._next]} were announced")
-        self._next += 1
+def write_header(path: Path, layout: Layout, metadata: dict[str, str]) -> dict[str, int]:
+    """Begin a safetensors file; returns where in it each tensor's bytes belong."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        size = layout_size({name: (dtype, shape)})
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in layout}
+
+
+def layout_size(layout: Layout) -> int:
+    """Bytes of all the tensors of a layout."""
+    return sum(math.prod(shape) * _BITS[dtype] // 8 for dtype, shape in layout.values())
+
+
+def read_bytes(path: Path, start: int, memory: memoryview) -> None:
+    """Fill `memory` with a file's bytes from `start` on.
+
+    Raises:
+        InputError: the file ends before.
+    """
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        done = 0
+        while done < len(memory):
+            count = file.readinto(memory[done:])
+            if not count:
+                raise InputError(f"{path} is cut off", _DAMAGED)
+            done += count
+
+
+def write_bytes(path: Path, start: int, memory: memoryview) -> None:
+    """Put bytes into a file that is there, from `start` on."""
+    with path.open("r+b", buffering=0) as file:
+        file.seek(start)
+        done = 0
+        while done < len(memory):
+            done += file.write(memory[done:])
+
+
+def copy_bytes(source: Path, start: int, size: int, target: Path, at: int) -> None:
+    """Copy a part of a file into another one, inside the kernel where it can do that.
+
+    Raises:
+        InputError: the source ends before.
+    """
+    with source.open("rb", buffering=0) as here, target.open("r+b", buffering=0) as there:
+        done = 0
+        while done < size and hasattr(os, "copy_file_range"):
+            try:
+                count = os.copy_file_range(here.fileno(), there.fileno(), size - done, start + done, at + done)
+            except OSError as error:
+                if error.errno not in _CANNOT_COPY:
+                    raise
+                break
+            if not count:
+                break
+            done += count
+    block = memoryview(bytearray(min(size - done, 1 << 20)))
+    while done < size:
+        part = block[: size - done]
+        read_bytes(source, start + done, part)
+        write_bytes(target, at + done, part)
+        done += len(part)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The safetensors name of float32, bfloat16 or float16."""
     return _NAMES[dtype]
-
-
-def _blocks(spec: TensorSpec) -> Iterator[bytes]:
-    with spec.file.open("rb") as file:
-        file.seek(spec.start)
-        left = spec.size
-        while left:
-            block = file.read(min(left, 1 << 22))
-            if not block:
-                raise InputError(f"{spec.file} is cut off", _DAMAGED)
-            left -= len(block)
-            yield block

@@ -1,22 +1,29 @@
-"""Writing the adapter folder in the canonical form, at once or not at all."""
+"""Writing the adapter folder, in the canonical form where that has a place for all of it, at once or not at all."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lora_prefvec.artifact.atomic import atomic_folder, check_target
 from lora_prefvec.artifact.canonical import Grid, factors, grid
 from lora_prefvec.artifact.card import model_card
 from lora_prefvec.artifact.folder import WEIGHTS
+from lora_prefvec.artifact.kinds import EXPERT_PARAMETERS, expert_of, is_conv1d, is_embedding
 from lora_prefvec.artifact.peft_config import FILE as CONFIG
 from lora_prefvec.artifact.provenance import FILE as PROVENANCE
 from lora_prefvec.artifact.provenance import Provenance
-from lora_prefvec.artifact.reference import SANDBOX, resolve_base
-from lora_prefvec.artifact.weights import SafetensorsWriter, dtype_name, file_sha256
+from lora_prefvec.artifact.reference import local_base
+from lora_prefvec.artifact.weights import Layout, SafetensorsWriter, dtype_name
 from lora_prefvec.errors import InputError
 from lora_prefvec.vector import BaseIdentity, LowRankDelta, PreferenceVector
 
@@ -32,6 +39,7 @@ class Written:
         size: of the weights in bytes.
         cast_error: norm of what the cast to `dtype` changed, relative to the vector's norm; 0.0 for float32.
         incomplete: modules that SGLang needs and whose shape is unknown without the base.
+        canonical: whether every engine can place it; otherwise it is a plain PEFT adapter, and `verify` names engines.
     """
 
     rank: int
@@ -39,6 +47,7 @@ class Written:
     size: int
     cast_error: float
     incomplete: list[str]
+    canonical: bool
 
 
 def plan_adapter(vector: PreferenceVector, *, dtype: torch.dtype = torch.float32, base: Path | None = None) -> Written:
@@ -47,7 +56,9 @@ def plan_adapter(vector: PreferenceVector, *, dtype: torch.dtype = torch.float32
     Raises:
         InputError: the vector is empty, does not fit its base or overflows `dtype`.
     """
-    return _plan(vector, dtype, base)[0]
+    layout = grid(vector, base or local_base(vector.identity))
+    deltas = ((module, factors(vector, module, layout)) for module in layout.shapes if module in vector.deltas)
+    return _written(layout, dtype, cast_error(deltas, dtype))
 
 
 def write_adapter(
@@ -71,10 +82,10 @@ def write_adapter(
         InputError: the target exists or cannot be written, the disk is full, or as `plan_adapter`.
     """
     check_target(target, force)
-    plan, layout = _plan(vector, dtype, base)
+    layout = grid(vector, base or local_base(vector.identity))
     with atomic_folder(target, force) as work:
-        _fill(work, vector, provenance, layout, dtype, {"recipe.yaml": recipe, "mix.yaml": mix})
-    return plan
+        _, error = _fill(work, vector, provenance, layout, dtype, {"recipe.yaml": recipe, "mix.yaml": mix})
+    return _written(layout, dtype, error)
 
 
 def fill_adapter(
@@ -98,8 +109,8 @@ def fill_adapter(
     Raises:
         InputError: as `plan_adapter`.
     """
-    layout = _plan(vector, dtype, base)[1]
-    return _fill(folder, vector, provenance, layout, dtype, {"recipe.yaml": recipe, "mix.yaml": mix})
+    layout = grid(vector, base or local_base(vector.identity))
+    return _fill(folder, vector, provenance, layout, dtype, {"recipe.yaml": recipe, "mix.yaml": mix})[0]
 
 
 def _fill(
@@ -109,9 +120,9 @@ def _fill(
     layout: Grid,
     dtype: torch.dtype,
     made_by: dict[str, str | None],
-) -> str:
-    _write_weights(folder / WEIGHTS, vector, layout, dtype)
-    sha256 = file_sha256(folder / WEIGHTS)
+) -> tuple[str, float]:
+    """Write the files; returns the SHA-256 of the weights and the error of the cast."""
+    sha256, error = _write_weights(folder / WEIGHTS, vector, layout, dtype)
     facts = provenance.model_copy(update={"weights_sha256": sha256, "base": provenance.base or vector.identity})
     texts = {
         **made_by,
@@ -122,68 +133,143 @@ def _fill(
     for name, text in texts.items():
         if text is not None:
             (folder / name).write_text(text, encoding="utf-8")
-    return sha256
+    return sha256, error
 
 
-def _plan(vector: PreferenceVector, dtype: torch.dtype, base: Path | None) -> tuple[Written, Grid]:
-    layout = grid(vector, base or _local_base(vector.identity))
+def _written(layout: Grid, dtype: torch.dtype, error: float) -> Written:
     count = sum(layout.rank * (rows + columns) for rows, columns in layout.shapes.values())
-    error = _cast_error(vector, layout, dtype)
-    return Written(layout.rank, len(layout.shapes), count * dtype.itemsize, error, layout.incomplete), layout
+    return Written(layout.rank, len(layout.shapes), count * dtype.itemsize, error, layout.incomplete, layout.canonical)
 
 
-def _write_weights(path: Path, vector: PreferenceVector, layout: Grid, dtype: torch.dtype) -> None:
+def _write_weights(path: Path, vector: PreferenceVector, layout: Grid, dtype: torch.dtype) -> tuple[str, float]:
+    """Stream the factors into a file, hashing what is written in a thread beside; returns as `_fill`."""
+    entries = _entries(layout)
     name_of = dtype_name(dtype)
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for module, (rows, columns) in layout.shapes.items():
-        shapes[f"{_PREFIX}{module}.lora_A.weight"] = (name_of, (layout.rank, columns))
-        shapes[f"{_PREFIX}{module}.lora_B.weight"] = (name_of, (rows, layout.rank))
-    with SafetensorsWriter(path, shapes, {"format": "pt"}) as file:
-        for module in layout.shapes:
-            delta = factors(vector, module, layout)
-            for factor in (delta.A, delta.B):
-                file.write(factor.to(dtype))
+    shapes: Layout = {name: (name_of, shape) for entry in entries for name, shape in entry.tensors.items()}
+    loss = _CastLoss(dtype)
+    with SafetensorsWriter(path, shapes, {"format": "pt"}) as file, ThreadPoolExecutor(1) as beside:
+        digest = hashlib.sha256(path.read_bytes())
+        hashed = None
+        for entry in entries:
+            halves = []
+            for module in entry.modules:
+                exact = factors(vector, module, layout)
+                halves.append(loss.cast(module, exact) if module in vector.deltas else _as(exact, dtype))
+            for values in entry.arrange(halves):
+                if hashed is not None:
+                    hashed.result()  # one tensor ahead at most
+                hashed = beside.submit(digest.update, values.reshape(-1).view(torch.uint8).numpy().data)
+                file.write(values)
+    return digest.hexdigest(), loss.relative
 
 
-def _cast_error(vector: PreferenceVector, layout: Grid, dtype: torch.dtype) -> float:
-    """Norm of what the cast changes, over the norm of the vector.
+@dataclass(frozen=True)
+class _Entry:
+    """A pair of tensors in the file.
+
+    Args:
+        modules: whose factors they hold: one, or all experts of a fused parameter.
+    """
+
+    modules: list[str]
+    tensors: dict[str, tuple[int, int]]
+    embedding: bool = False
+
+    def arrange(self, factors: list[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        """The two tensors from A [r, in] and B [out, r] of each module; see `folder.deltas_of` for the inverse."""
+        A, B = factors[0]
+        if self.embedding:
+            A, B = B.T, A.T
+        elif len(factors) > 1:
+            A = torch.cat([a for a, _ in factors])
+            B = torch.stack([b for _, b in factors], dim=2).flatten(1)
+        yield A.contiguous()
+        yield B.contiguous()
+
+
+def _entries(layout: Grid) -> list[_Entry]:
+    """What the file holds, in the order of depth."""
+    experts: dict[str, list[str]] = defaultdict(list)
+    for module in layout.shapes:
+        fused = expert_of(module)
+        experts[fused[0] if fused else module].append(module)
+    entries = []
+    for key, modules in experts.items():
+        rows, columns = layout.shapes[modules[0]]
+        rank = layout.rank * len(modules)
+        name, kind, suffix = f"{_PREFIX}{key}", "lora_", ".weight"
+        if is_embedding(key):
+            rows, columns, kind, suffix = columns, rows, "lora_embedding_", ""
+        elif expert_of(modules[0]):
+            name = f"{_PREFIX}{_wrapper(key, experts)}"
+        tensors = {f"{name}.{kind}A{suffix}": (rank, columns), f"{name}.{kind}B{suffix}": (rows, rank)}
+        entries.append(_Entry(modules, tensors, is_embedding(key)))
+    return entries
+
+
+def _wrapper(parameter: str, adapted: Iterable[str]) -> str:
+    """The path of PEFT's wrapper around a fused parameter: the last that is adapted in a module is the outermost."""
+    path, _, name = parameter.rpartition(".")
+    outer = EXPERT_PARAMETERS[EXPERT_PARAMETERS.index(name) + 1 :]
+    present = set(adapted)
+    return path + ".base_layer" * sum(f"{path}.{other}" in present for other in outer)
+
+
+class _CastLoss:
+    """Casts factors, and sums up the squared norm of what that changes, and of the whole."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._changed = self._whole = 0.0
+
+    @property
+    def relative(self) -> float:
+        """Norm of the change over the norm of the whole."""
+        return math.sqrt(self._changed / self._whole) if self._whole > 0 else 0.0
+
+    def cast(self, module: str, exact: LowRankDelta) -> tuple[Tensor, Tensor]:
+        """The factors in the type.
+
+        Raises:
+            InputError: a value overflows it.
+        """
+        A, B = _as(exact, self._dtype)
+        if self._dtype == torch.float32:
+            return A, B
+        for factor in (A, B):
+            if not math.isfinite(factor.sum().item()) and not bool(torch.isfinite(factor).all()):
+                raise InputError(
+                    f"{module} overflows {str(self._dtype).removeprefix('torch.')}", "Write it as float32 or bfloat16."
+                )
+        # (B + b)(A + a) - BA = b A + (B + b) a, without the cancellation of a difference of two products
+        rounded_A, rounded_B = A.float(), B.float()
+        a, b = rounded_A - exact.A, rounded_B - exact.B
+        inputs = exact.A @ exact.A.T
+        changed = ((b.T @ b) * inputs).sum()
+        if bool(a.any()):
+            changed += ((rounded_B.T @ rounded_B) * (a @ a.T)).sum() + 2 * ((b.T @ rounded_B) * (exact.A @ a.T)).sum()
+        self._changed += max(0.0, float(changed))
+        self._whole += max(0.0, float(((exact.B.T @ exact.B) * inputs).sum()))
+        return A, B
+
+
+def _as(exact: LowRankDelta, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return exact.A.to(dtype), exact.B.to(dtype)
+
+
+def cast_error(deltas: Iterable[tuple[str, LowRankDelta]], dtype: torch.dtype) -> float:
+    """Norm of what the cast of the factors to `dtype` changes, over the norm of them all; 0.0 for float32.
+
+    Args:
+        deltas: (module, factors as they will be written) each.
 
     Raises:
         InputError: a value overflows `dtype`.
     """
-    if dtype == torch.float32:
-        return 0.0
-    changed, whole = 0.0, 0.0
-    for module in vector.deltas:
-        exact = factors(vector, module, layout)
-        A, B = exact.A.to(dtype), exact.B.to(dtype)
-        if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
-            raise InputError(
-                f"{module} overflows {str(dtype).removeprefix('torch.')}", "Write it as float32 or bfloat16."
-            )
-        # (B + b)(A + a) - BA = b A + (B + b) a, without the cancellation of a difference of two products
-        a, b = A.float() - exact.A, B.float() - exact.B
-        difference = LowRankDelta(torch.cat([exact.A, a]), torch.cat([b, B.float()], dim=1))
-        changed += difference.norm() ** 2
-        whole += exact.norm() ** 2
-    return float((changed / whole) ** 0.5) if whole else 0.0
-
-
-def _local_base(identity: BaseIdentity | None) -> Path | None:
-    """The base's folder where it is on this machine anyway: embedded or in the Hub's cache; nothing is fetched."""
-    if identity is None:
-        return None
-    if identity.id == SANDBOX:
-        return resolve_base(SANDBOX)
-    if "/" not in identity.id:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        found = try_to_load_from_cache(identity.id, "config.json", revision=identity.revision)
-    except ValueError:
-        return None  # an id that the Hub could not have
-    return Path(found).parent if isinstance(found, str) else None
+    loss = _CastLoss(dtype)
+    for module, exact in deltas if dtype != torch.float32 else ():
+        loss.cast(module, exact)
+    return loss.relative
 
 
 def _config(layout: Grid, identity: BaseIdentity | None) -> str:
@@ -192,7 +278,7 @@ def _config(layout: Grid, identity: BaseIdentity | None) -> str:
         "alpha_pattern": {},
         "base_model_name_or_path": identity.id if identity else None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(is_conv1d(module) for module in layout.shapes),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
@@ -209,4 +295,6 @@ def _config(layout: Grid, identity: BaseIdentity | None) -> str:
         "use_dora": False,
         "use_rslora": False,
     }
+    if layout.target_parameters:
+        config["target_parameters"] = layout.target_parameters
     return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -13,9 +13,13 @@ from typing import Any
 import click
 
 from lora_prefvec import __version__
-from lora_prefvec.cli.compose import compose, extract, fold, inspect
+from lora_prefvec.cli.bench import bench
+from lora_prefvec.cli.compose import compose, extract
 from lora_prefvec.cli.data import data_command
 from lora_prefvec.cli.demo import demo
+from lora_prefvec.cli.export import export, verify
+from lora_prefvec.cli.fold import fold
+from lora_prefvec.cli.inspect import inspect
 from lora_prefvec.cli.talk import chat, generate
 from lora_prefvec.cli.train import train
 from lora_prefvec.errors import PrefvecError, nearest
@@ -24,9 +28,9 @@ from lora_prefvec.progress import quiet_libraries
 
 SECTIONS = {
     "Train": [demo, data_command, train],
-    "Compose": [extract, compose, fold],
+    "Compose": [extract, compose, fold, export],
     "Talk": [generate, chat],
-    "See": [inspect],
+    "See": [inspect, verify, bench],
 }
 
 
@@ -111,9 +115,10 @@ def quietly(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for verb in [verb for verbs in SECTIONS.values() for verb in verbs]:
-    assert verb.callback is not None
-    verb.callback = quietly(verb.callback)
-    verb.params += common_options()
+    for command in (verb, *getattr(verb, "commands", {}).values()):
+        assert command.callback is not None
+        command.callback = quietly(command.callback)
+        command.params += common_options()
     prefvec.add_command(verb)
 
 

@@ -162,7 +162,7 @@ def test_a_plan_says_what_is_written(tmp_path: Path, vector: PreferenceVector) -
     assert (
         write_adapter(tmp_path / "a", vector, VECTOR, dtype=torch.bfloat16)
         == plan
-        == Written(8, 8, plan.size, plan.cast_error, [])
+        == Written(8, 8, plan.size, plan.cast_error, [], True)
     )
 
 

@@ -1,4 +1,4 @@
-"""`extract`, `compose`, `fold`, `inspect` as a user types them."""
+"""`extract`, `compose`, `fold` as a user types them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from lora_prefvec.artifact import Provenance, identity_of, read_adapter, write_adapter
-from lora_prefvec.cli.compose import compose, extract, fold, inspect
+from lora_prefvec.cli.compose import compose, extract, fold
+from lora_prefvec.cli.inspect import inspect
 from lora_prefvec.errors import InputError
 from lora_prefvec.output import out
 from lora_prefvec.vector import BaseIdentity
@@ -177,32 +178,6 @@ def test_a_fold_that_loses_the_delta_says_so(tiny_llama: Path) -> None:
     write_adapter("llama", vector, Provenance(kind="preference_vector"))
     result = run(fold, str(tiny_llama), "llama=1e-4", "--out", "f", "--dtype", "bfloat16")
     assert re.search(r"warning: rounding took \d+% of the delta", result.stderr)
-
-
-def test_inspect_one() -> None:
-    run(compose, "helpful=1", "harmless=1", "--out", "m")
-    shown = run(inspect, "m").stdout
-    for said in ("kind            mix", "base            owner/base", "+1 x helpful", "q_proj", "down_proj", "rank"):
-        assert said in shown
-    out.format = "json"
-    found = json.loads(run(inspect, "helpful").stdout)
-    assert found["norm"] == pytest.approx(small_vector(2, 0).norm())
-    assert (found["rank"], found["modules"], found["preference"]) == (2, 6, "helpful")
-    assert sum(entry["share"] for entry in found["types"]) == pytest.approx(1)
-    assert 1 <= found["effective_rank"] <= 2
-
-
-def test_inspect_several() -> None:
-    run(compose, "helpful=-3", "--out", "m")
-    shown = run(inspect, "helpful", "harmless", "m").stdout
-    assert re.search(r"helpful +1 +-?0\.\d+ +-1\b", shown)
-    out.format = "json"
-    found = json.loads(run(inspect, "helpful", "harmless", "m").stdout)
-    expected = small_vector(2, 0).cosine(small_vector(2, 1))
-    assert found["cosines"][0] == pytest.approx([1, expected, -1])
-    assert [entry["ref"] for entry in found["vectors"]] == ["helpful", "harmless", "m"]
-    out.format = "quiet"
-    assert run(inspect, "helpful", "harmless").stdout.splitlines()[0].startswith("helpful\thelpful\t")
 
 
 def test_a_plain_adapter_is_welcome(place: Path) -> None:

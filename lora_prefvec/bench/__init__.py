@@ -1,0 +1,5 @@
+"""Our figures beside the peers' on this machine: `compose.run()` and `fold.run()` give rows, each with its bar."""
+
+from lora_prefvec.bench.measure import Cost, Growth, Row
+
+__all__ = ["Cost", "Growth", "Row"]
