@@ -40,9 +40,9 @@ class SignedCollator(DataCollatorForPreference):
 class PreferenceTrainer(DPOTrainer):
     """DPO on pairs that are tokenised already and carry their reference log-probabilities.
 
-    A `positive` run takes the labels as given, a `negative` one swaps them; both scale the adapter by 1 or reach. A `two`-sided run draws a coefficient for
-    every batch, scales the adapter by it and swaps the labels where it is negative, so that one LoRA v learns that +v
-    prefers the chosen replies and -v the rejected ones.
+    A `positive` run takes the labels as given, a `negative` one swaps them; both scale the adapter by 1 or `reach`. A
+    `two`-sided run draws a coefficient for every batch, scales the adapter by it and swaps the labels where it is
+    negative, so that one LoRA v learns that +v prefers the chosen replies and -v the rejected ones.
 
     Args:
         base: the resident base; it is left as it was by `release`.

@@ -44,7 +44,7 @@ from lora_prefvec.training import train  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 COEFFICIENTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 # d+ - d- is about twice as long as one side of it: for the same effect at 1 a pair takes a lower rate and more reach.
-PAIR = {"helpful": 2.5e-4, "harmless": 2.4e-4, "honest": 2e-4, "concise": 3.4e-4}
+PAIR = {"helpful": 2.5e-4, "harmless": 2.9e-4, "honest": 2e-4, "concise": 3.4e-4}
 Row = dict[str, Any]
 
 
