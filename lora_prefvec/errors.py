@@ -17,6 +17,7 @@ class PrefvecError(Exception):
     exit_code = 1
 
     def __init__(self, problem: str, fix: str = "") -> None:
+        problem, fix = _on_one_line(problem), _on_one_line(fix)
         super().__init__(f"{problem.rstrip('.')}. {fix}".rstrip() if fix else problem)
         self.problem = problem
         self.fix = fix
@@ -36,6 +37,11 @@ class Interrupted(PrefvecError):
     """The user stopped the work; what was done is saved: exit code 130."""
 
     exit_code = 130
+
+
+def _on_one_line(text: str) -> str:
+    """A text without what a file may have put into it to move a terminal's cursor: `\\n`, control codes, and so on."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def require_extra(module: str, extra: str) -> InputError:

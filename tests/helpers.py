@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -80,23 +79,6 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         chat_template=CHAT_TEMPLATE,
     )
-
-
-def load(folder: Path, **options: Any) -> Any:
-    """The model in a folder, ready to be used."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
-def logits(model: Any) -> torch.Tensor:
-    """What a model answers to two rows of tokens: [2, 12, vocabulary]."""
-    with torch.no_grad():
-        found: torch.Tensor = model(torch.arange(24).reshape(2, 12)).logits
-    return found
-
-
-def distance(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the second."""
-    return float((left - right).norm() / right.norm())
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:

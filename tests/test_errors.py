@@ -36,3 +36,8 @@ def test_nearest_names_one_or_lists_all() -> None:
     many = nearest("xyz", [f"name-{i:02}" for i in range(20)])
     assert many.endswith("name-11, ....")
     assert "name-12" not in many
+
+
+def test_what_a_file_put_into_a_message_stays_on_its_line() -> None:
+    error = InputError("there is no \n\x1b[2J\u202e module", "Give \0 another")
+    assert str(error) == "there is no \\n\\x1b[2J\\u202e module. Give \\x00 another"

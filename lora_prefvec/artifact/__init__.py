@@ -1,5 +1,6 @@
 """Adapter folders: where they lie, what they say of themselves, how they are read, written and folded."""
 
+from lora_prefvec.artifact.approximate import Approximation, approximate
 from lora_prefvec.artifact.atomic import atomic_file, atomic_folder, check_target
 from lora_prefvec.artifact.base_facts import Base, find_base, need_base, read_base
 from lora_prefvec.artifact.describe import compare, describe, powers_of_two
@@ -37,6 +38,7 @@ from lora_prefvec.artifact.writing import Written, fill_adapter, plan_adapter, w
 
 __all__ = [
     "Adapter",
+    "Approximation",
     "Base",
     "DataFacts",
     "Dtype",
@@ -52,6 +54,7 @@ __all__ = [
     "TrainingFacts",
     "Written",
     "adapter_names",
+    "approximate",
     "atomic_file",
     "atomic_folder",
     "base_identity",

@@ -24,6 +24,7 @@ _COPY = re.compile(_PREFIX + r"(?P<module>.+?)(?:\.base_layer)?\.weight")
 _AGAIN = "Get the adapter again."
 _MAX_NAME = 512  # characters
 _MAX_EXPERTS = 4096  # of one parameter
+_MAX_SCALE = 1e20  # either way; beyond, float32 cannot hold the products
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class FactorPair:
     """The two tensors behind a delta, or behind those of all experts in one parameter.
 
     Args:
-        a: `lora_A` [r, in], of all experts one below the other [experts * r, in], or `lora_embedding_A` [r, vocabulary].
-        b: `lora_B` [out, r], [out, r * experts] with the expert's number running fastest, or `lora_embedding_B`
+        a: `lora_A` [r, in]; of all experts, one below the other, [experts * r, in]; `lora_embedding_A` [r, vocabulary].
+        b: `lora_B` [out, r]; of all experts, their number running fastest, [out, r * experts]; `lora_embedding_B`
             [hidden, r].
         rank, scale: of each delta, as the config gives them for this module.
         experts: how many there are; None where the tensors are of one module.
@@ -148,6 +149,8 @@ def _pair(
         raise InputError(
             f"{a.file} holds {key} as A {list(a.shape)} and B {list(b.shape)}, and {CONFIG} says rank {rank}", _AGAIN
         )
+    if scale and not 1 / _MAX_SCALE < abs(scale) < _MAX_SCALE:
+        raise InputError(f"{CONFIG} scales {key} by {scale:.3g}, which float32 cannot hold", "Mend its lora_alpha.")
     if experts > _MAX_EXPERTS:
         raise InputError(f"{a.file} holds {experts} experts in {key}, and {_MAX_EXPERTS} are read", _AGAIN)
     if settings.use_dora and (magnitude is None or magnitude.shape != b.shape[:1]):

@@ -30,7 +30,7 @@ from lora_prefvec.errors import InputError
 from lora_prefvec.vector import PreferenceVector
 
 CHUNK = 1 << 20  # elements that are read and written at once
-BLOCK = 1 << 16  # elements that are computed at once: with their float32 copies they fit a core's cache
+BLOCK = 1 << 17  # elements that are computed at once: in float32 they fit a core's cache
 _COPY = 1 << 26  # bytes that are copied at once, so that several threads share a large tensor
 _SAMPLE = 1 << 13  # elements of a chunk from which its distance to NF4 is estimated
 _NF4 = threading.Lock()  # whole matrices in float32: one at a time

@@ -60,8 +60,8 @@ def atomic_folder(target: str | Path, force: bool = False) -> Iterator[Path]:
             yield work
             for folder, _, names in os.walk(work):
                 for name in names:
-                    sync(Path(folder, name))
-                sync(Path(folder))
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
             _put(work, place)
         finally:
             _remove(work)
@@ -79,9 +79,9 @@ def atomic_file(target: str | Path, force: bool = False) -> Iterator[Path]:
         work = _temporary(place, "new")
         try:
             yield work
-            sync(work)
+            _sync(work)
             os.replace(work, place)
-            sync(place.parent)
+            _sync(place.parent)
         finally:
             _remove(work)
 
@@ -201,7 +201,7 @@ def _put(work: Path, place: Path) -> None:
         os.rename(place, old)
     if old is not None or not os.path.lexists(place):
         os.rename(work, place)
-    sync(place.parent)
+    _sync(place.parent)
     if old is not None:
         _remove(old)
 
@@ -218,7 +218,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return done == 0
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Bring a file or a folder's entries to the disk."""
     if os.name != "posix" and path.is_dir():
         return  # folders cannot be opened there

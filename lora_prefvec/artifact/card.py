@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import yaml
 
-from lora_prefvec.artifact.provenance import DataFacts, Provenance
+from lora_prefvec.artifact.provenance import DataFacts, Parent, Provenance
+from lora_prefvec.vector import written_coefficient
 
 _WHAT = {
     "preference_adapter": "a preference adapter",
@@ -83,7 +84,7 @@ def _parents(facts: Provenance) -> str:
     if not facts.parents:
         return ""
     rows = [
-        [parent.name, f"{parent.coefficient:+g}", parent.revision or "-", _short(parent.sha256)]
+        [parent.name, _part(parent), parent.revision or "-", _short(parent.sha256)]
         for parent in facts.parents
     ]
     return "## Made from\n\n" + _table(["adapter", "coefficient", "revision", "SHA-256 of the weights"], rows)
@@ -203,3 +204,8 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(
         "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines
     )
+
+
+def _part(parent: Parent) -> str:
+    """How much of a parent counts: `+0.5`, or `[0, 1] (layers=8-20)`."""
+    return written_coefficient(parent.coefficient) + (f" ({parent.filter})" if parent.filter else "")

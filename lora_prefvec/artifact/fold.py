@@ -18,7 +18,7 @@ import torch
 
 from lora_prefvec.artifact import nf4
 from lora_prefvec.artifact.adding import Buffers, Measured, Target, pieces, work
-from lora_prefvec.artifact.atomic import atomic_folder, check_target, sync
+from lora_prefvec.artifact.atomic import atomic_folder, check_target
 from lora_prefvec.artifact.kinds import is_conv1d
 from lora_prefvec.artifact.placing import Placement, place
 from lora_prefvec.artifact.provenance import FILE as PROVENANCE
@@ -181,7 +181,7 @@ def fold(
     """
     check_target(target, force)
     with atomic_folder(target, force) as folder:
-        facts = _facts(plan, vector, _write_weights(plan, vector, folder, advance))
+        facts = _write_weights(plan, vector, folder, advance)
         if plan.to_nf4 and facts.kept < LEAST_KEPT and not accept_loss:
             raise InputError(
                 f"rounding to 4 bits would leave {facts.kept:.1%} of the delta, and less than {LEAST_KEPT:.0%} is no "
@@ -198,27 +198,23 @@ def fold(
     return facts
 
 
-def _write_weights(
-    plan: FoldPlan, vector: PreferenceVector, folder: Path, advance: Callable[[], None]
-) -> list[Measured]:
+def _write_weights(plan: FoldPlan, vector: PreferenceVector, folder: Path, advance: Callable[[], None]) -> FoldFacts:
     found: list[Measured] = []
     buffers = Buffers()
     with _pool() as pool:
-        jobs: list[tuple[Path, list[list[Future[Measured]]]]] = []
+        jobs: list[list[Future[Measured]]] = []
         for name, targets in plan.files.items():
             file = folder / name
             offsets = write_header(file, plan.layout(name), {"format": "pt"})
-            parts = [
+            jobs += [
                 [pool.submit(work, piece, vector, file, offsets, buffers) for piece in pieces(target)]
                 for target in targets
             ]
-            jobs.append((file, parts))
-        for file, parts in jobs:
-            for part in parts:
-                found += [job.result() for job in part]
-                advance()
-            sync(file)  # the disk works while the threads go on with the next file
-    return found
+        norms = {module: delta.norm() ** 2 for module, delta in vector.deltas.items()}
+        for parts in jobs:
+            found += [part.result() for part in parts]
+            advance()
+    return _facts(plan, norms, found)
 
 
 @contextmanager
@@ -234,14 +230,13 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def _facts(plan: FoldPlan, vector: PreferenceVector, found: list[Measured]) -> FoldFacts:
+def _facts(plan: FoldPlan, norms: dict[str, float], found: list[Measured]) -> FoldFacts:
     errors: dict[str, float] = defaultdict(float)
     distances: dict[str, float] = defaultdict(float)
     for one in found:
         if one.module:
             errors[one.module] += one.error
             distances[one.module] += one.distance
-    norms = {module: delta.norm() ** 2 for module, delta in vector.deltas.items()}
     # Modules that NF4 leaves alone have no distance.
     far = [module for module in norms if distances[module]]
     modules = {

@@ -31,7 +31,7 @@ from lora_prefvec.errors import InputError
 from lora_prefvec.vector import BaseIdentity, LowRankDelta, PreferenceVector
 
 WEIGHTS = "adapter_model.safetensors"
-MAX_HEADER = 16 * 2**20  # of an adapter's file: room for 100,000 tensors
+_MAX_TENSORS = 120_000  # factors of 256 experts, one by one, in 60 layers
 _BLOCK = 2**22  # values compared at a time
 
 
@@ -72,14 +72,23 @@ class AdapterFolder:
         """The base that the folder names."""
         return self.provenance.base if self.provenance else self.settings.identity()
 
+    def check_hash(self, sha256: str) -> None:
+        """Raises InputError where `prefvec.json` gives another SHA-256 of the weights."""
+        facts = self.provenance
+        if facts and facts.weights_sha256 and facts.weights_sha256 != sha256:
+            raise InputError(
+                f"{self.weights} has SHA-256 {sha256[:12]}..., and prefvec.json says {facts.weights_sha256[:12]}...",
+                "The weights were changed: get the folder again, or read them as they are with --allow-mismatch.",
+            )
+
 
 def read_adapter(path: str | Path, *, check_hash: bool = True) -> Adapter:
     """Read a LoRA folder wholly, or refuse it.
 
-    Any plain PEFT LoRA will do: rsLoRA, rank and alpha patterns, embeddings, the head, Conv1D, fused and single experts,
-    and an adapter's name in the tensor names are understood. The scale is folded into B, and components that are zero
-    are dropped. A whole embedding or head that PEFT saved beside its factors has to be the base's own, which is looked
-    up where the config says the base lies, and in the Hub's cache.
+    Any plain PEFT LoRA will do: rsLoRA, rank and alpha patterns, embeddings, the head, Conv1D, fused and single
+    experts, and an adapter's name in the tensor names are understood. The scale is folded into B, and components that
+    are zero are dropped. A whole embedding or head that PEFT saved beside its factors has to be the base's own, which
+    is looked up where the config says the base lies, and in the Hub's cache.
 
     Args:
         check_hash: compare the weights with the hash in `prefvec.json`.
@@ -93,10 +102,12 @@ def read_adapter(path: str | Path, *, check_hash: bool = True) -> Adapter:
         try:
             deltas = _load(folder)
         except InputError:
-            _check_hash(folder, digest.result(), check_hash)  # says more than what the wrong bytes led to
+            if check_hash:
+                folder.check_hash(digest.result())  # says more than what the wrong bytes led to
             raise
         sha256 = digest.result()
-    _check_hash(folder, sha256, check_hash)
+    if check_hash:
+        folder.check_hash(sha256)
     vector = PreferenceVector(deltas, folder.identity)
     return Adapter(folder.path, vector, folder.provenance, folder.config, sha256)
 
@@ -117,7 +128,7 @@ def open_adapter(path: str | Path, *, dora: bool = False) -> AdapterFolder:
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise _no_weights(folder)
-    header = read_header(weights, MAX_HEADER)[0]
+    header = read_header(weights, _MAX_TENSORS)[0]
     try:
         tensors = sort_tensors(weights, header, settings)
     except TimeoutError:
@@ -131,8 +142,8 @@ def open_adapter(path: str | Path, *, dora: bool = False) -> AdapterFolder:
 def deltas_of(key: str, pair: FactorPair, a: Tensor, b: Tensor) -> Iterator[tuple[str, LowRankDelta]]:
     """The deltas behind a pair of tensors, as (module, delta), from values in float32 that may be changed.
 
-    PEFT's stacked experts (tuners/lora/layer.py, `ParamWrapper.get_delta_weight`): A is one [r, in] below the other, and
-    column k * experts + e of B is column k of expert e.
+    PEFT's stacked experts (tuners/lora/layer.py, `ParamWrapper.get_delta_weight`): A is one [r, in] below the other,
+    and column k * experts + e of B is column k of expert e.
 
     Raises:
         InputError: a factor holds NaN or infinity, or overflows when it is scaled.
@@ -185,15 +196,6 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"cannot read {folder}: {said}", "Give the folder of an adapter.") from None
 
 
-def _check_hash(folder: AdapterFolder, sha256: str, wanted: bool) -> None:
-    facts = folder.provenance
-    if wanted and facts and facts.weights_sha256 and facts.weights_sha256 != sha256:
-        raise InputError(
-            f"{folder.weights} has SHA-256 {sha256[:12]}..., and prefvec.json says {facts.weights_sha256[:12]}...",
-            "The weights were changed: get the folder again, or read them as they are with --allow-mismatch.",
-        )
-
-
 def _no_weights(folder: Path) -> InputError:
     if any((folder / name).is_file() for name in ("adapter_model.bin", "adapter_model.pt")):
         return InputError(
@@ -210,14 +212,18 @@ def _check_copies(folder: AdapterFolder, copies: dict[str, TensorSpec]) -> None:
     that was resized, and loading it would overwrite the base's.
     """
     named = folder.settings.base_model_name_or_path or ""
-    base = Path(named) if (Path(named) / "config.json").is_file() else local_base(folder.identity)
+    shown = named[:100] or "(not named)"
+    try:
+        base = Path(named) if (Path(named) / "config.json").is_file() else local_base(folder.identity)
+    except (OSError, ValueError):  # no name that a file could have
+        base = None
     way_out = "save the adapter again with save_embedding_layers=False, where the vocabulary was not resized."
     for module, copy in copies.items():
         if base is None:
             raise InputError(
-                f"{folder.weights} holds all of {module}, and without its base {named or '(not named)'} nobody can tell"
-                " whether it was changed",
-                f"Download the base (hf download {named or 'ID'}), or {way_out}",
+                f"{folder.weights} holds all of {module}, and without its base {shown} nobody can tell whether it was"
+                " changed",
+                f"Download the base (hf download {shown}), or {way_out}",
             )
         own = _same_in_base(base, module, copy)
         if own is None or not _equal(copy, own):

@@ -58,7 +58,7 @@ def expert_of(module: str) -> tuple[str, int] | None:
 
 
 def is_single_expert(module: str) -> bool:
-    """Whether a module is an expert of a checkpoint that stores them one by one: `model.layers.0.mlp.experts.3.up_proj`."""
+    """Whether a module is an expert where they are stored one by one: `model.layers.0.mlp.experts.3.up_proj`."""
     return bool(_ONE_OF_MANY.fullmatch(module))
 
 

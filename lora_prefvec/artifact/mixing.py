@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lora_prefvec.artifact.approximate import approximate
 from lora_prefvec.artifact.folder import Adapter, read_adapter
-from lora_prefvec.artifact.provenance import Parent, Provenance, first_complaint
-from lora_prefvec.artifact.reference import commit_of, is_adapter, public_name, resolve_adapter
+from lora_prefvec.artifact.peft_config import FILE as CONFIG
+from lora_prefvec.artifact.provenance import Parent, Provenance, first_complaint, read_json
+from lora_prefvec.artifact.reference import commit_of, is_adapter, public_name, resolve_adapter, resolve_base
 from lora_prefvec.errors import InputError
 from lora_prefvec.vector import (
     BaseIdentity,
@@ -36,12 +38,17 @@ _OVERRIDE = "Use vectors of one base, or go on at your own risk with --allow-mis
 
 @dataclass(frozen=True)
 class Ingredient:
-    """A vector of a mix as it was asked for: reference, what lies there, coefficient, and the part of it that counts."""
+    """A vector of a mix as it was asked for: reference, what lies there, coefficient, and the part of it that counts.
+
+    Args:
+        fit_error: of a DoRA, what its low-rank fit leaves out, relative to its dense delta; None for any other.
+    """
 
     ref: str
     adapter: Adapter
     coefficient: Coefficient = 1.0
-    filter: Filter = Filter()
+    filter: Filter = field(default_factory=Filter)
+    fit_error: float | None = None
 
     @property
     def name(self) -> str:
@@ -112,10 +119,14 @@ class MixSettings(BaseModel):
 
 
 class MixFile(MixSettings):
-    """`mix.yaml`: all that `prefvec compose` needs to make a mix again."""
+    """`mix.yaml`: all that `prefvec compose` needs to make a mix again.
+
+    `approximate` names the base against which DoRAs among the vectors are fitted.
+    """
 
     base: str | None = None
     revision: str | None = None
+    approximate: str | None = None
     dtype: Dtype = "float32"
     vectors: Annotated[list[MixVector], Field(min_length=1)]
 
@@ -123,7 +134,7 @@ class MixFile(MixSettings):
         """The text of `mix.yaml`."""
         head = "# Makes this folder again: prefvec compose mix.yaml --out DIR\n"
         facts = self.model_dump(exclude_none=True, exclude_defaults=True)
-        order = ["base", "revision", "method", *MixSettings.model_fields, "dtype", "vectors"]
+        order = ["base", "revision", "approximate", "method", *MixSettings.model_fields, "dtype", "vectors"]
         shown = {**facts, "method": self.method, "dtype": self.dtype}
         return head + yaml.safe_dump(
             {key: shown[key] for key in dict.fromkeys(order) if key in shown}, sort_keys=False, allow_unicode=True
@@ -154,22 +165,33 @@ def read_mix_file(path: str | Path) -> MixFile:
 
 
 def open_mix(
-    references: Sequence[MixTerm | tuple[str, Coefficient]], *, allow_mismatch: bool = False
+    references: Sequence[MixTerm | tuple[str, Coefficient]],
+    *,
+    approximate_on: Path | None = None,
+    rank: int | None = None,
+    allow_mismatch: bool = False,
 ) -> list[Ingredient]:
     """Find and read the vectors of a mix, and check that they belong to one base.
 
     Args:
         references: (reference, coefficient) each, and perhaps a filter.
+        approximate_on: folder of the base on which DoRAs are fitted to `rank`, or to their own; without it they are
+            refused.
         allow_mismatch: take vectors of different bases, or whose weights were changed; they are then said to belong to
             the base of the first.
 
     Raises:
         InputError: there is no such vector, it cannot be read, or it belongs to another base than the first.
     """
-    found = [
-        Ingredient(ref, read_adapter(resolve_adapter(ref), check_hash=not allow_mismatch), coefficient, filter_)
-        for ref, coefficient, filter_ in (MixTerm(*reference) for reference in references)
-    ]
+    found = []
+    for reference in references:
+        term = MixTerm(*reference)
+        adapter, error = _read(term.ref, approximate_on, rank, check_hash=not allow_mismatch)
+        found.append(Ingredient(term.ref, adapter, term.coefficient, term.filter, error))
+    if approximate_on and all(ingredient.fit_error is None for ingredient in found):
+        raise InputError(
+            "none of the vectors is a DoRA, so there is nothing to approximate", "Leave --approximate out."
+        )
     known = [ingredient for ingredient in found if ingredient.adapter.vector.identity]
     if allow_mismatch:
         identity = known[0].adapter.vector.identity if known else None
@@ -187,16 +209,17 @@ def reopen_mix(path: str | Path, *, allow_mismatch: bool = False) -> list[Ingred
     Raises:
         InputError: as `read_mix_file` and `open_mix`, or a vector has other weights than it had.
     """
-    references, entries = [], read_mix_file(path).vectors
+    file, references = read_mix_file(path), []
+    entries, base = file.vectors, None
+    if file.approximate:
+        base = resolve_base(_beside(path, file.approximate))
     for entry in entries:
-        ref = entry.vector
-        if ref.startswith("."):
-            ref = os.path.normpath(Path(path).parent / ref)
-        elif entry.revision and "@" not in ref:
+        ref = _beside(path, entry.vector)
+        if entry.revision and ref == entry.vector and "@" not in ref:
             ref = f"{ref}@{entry.revision}"
         coefficient = tuple(entry.coefficient) if isinstance(entry.coefficient, list) else entry.coefficient
         references.append(MixTerm(ref, coefficient, entry.filter))
-    found = open_mix(references, allow_mismatch=allow_mismatch)
+    found = open_mix(references, approximate_on=base, rank=file.rank, allow_mismatch=allow_mismatch)
     for entry, ingredient in zip(entries, found, strict=True):
         if entry.sha256 and entry.sha256 != ingredient.adapter.sha256 and not allow_mismatch:
             raise InputError(
@@ -207,15 +230,20 @@ def reopen_mix(path: str | Path, *, allow_mismatch: bool = False) -> list[Ingred
     return found
 
 
-def typed_mix(refs: Sequence[str], *, allow_mismatch: bool = False) -> tuple[list[Ingredient], MixFile | None]:
+def typed_mix(
+    refs: Sequence[str], *, approximate_on: Path | None = None, rank: int | None = None, allow_mismatch: bool = False
+) -> tuple[list[Ingredient], MixFile | None]:
     """The mix that a person typed: `REF=COEF...`, or one `mix.yaml`, which is then returned too.
 
     Raises:
         InputError: as `parse_term`, `open_mix` and `reopen_mix`.
     """
     if len(refs) == 1 and refs[0].endswith((".yaml", ".yml")):
+        if approximate_on:
+            raise InputError(f"{refs[0]} says itself on what a DoRA is fitted", "Write approximate: BASE into it.")
         return reopen_mix(refs[0], allow_mismatch=allow_mismatch), read_mix_file(refs[0])
-    return open_mix([parse_term(ref) for ref in refs], allow_mismatch=allow_mismatch), None
+    terms = [parse_term(ref) for ref in refs]
+    return open_mix(terms, approximate_on=approximate_on, rank=rank, allow_mismatch=allow_mismatch), None
 
 
 def compose(ingredients: Sequence[Ingredient]) -> PreferenceVector:
@@ -245,12 +273,15 @@ def mix_provenance(
     Args:
         merged: how `vector` was made; exactly, where None.
     """
+    metrics = {f"fit_error {one.name}": one.fit_error for one in ingredients if one.fit_error is not None}
+    if merged and merged.energy < 1:
+        metrics["energy_kept"] = merged.energy
     return Provenance(
         kind=kind,
         method=merged.method if merged else "exact",
         base=vector.identity,
         parents=[ingredient.parent() for ingredient in ingredients],
-        metrics={"energy_kept": merged.energy} if merged and merged.energy < 1 else {},
+        metrics=metrics,
     )
 
 
@@ -260,14 +291,18 @@ def mix_file(
     target: Path,
     dtype: Dtype,
     settings: MixSettings | None = None,
+    fitted_on: str | None = None,
 ) -> MixFile:
-    """The `mix.yaml` of a mix that is written to `target`; local folders are named relative to it."""
+    """The `mix.yaml` of a mix that is written to `target`; local folders are named relative to it.
+
+    Args:
+        fitted_on: the base on which DoRAs were approximated.
+    """
     vectors = []
     for ingredient in ingredients:
-        ref, folder = ingredient.ref, Path(ingredient.ref).expanduser()
-        if is_adapter(folder):
-            ref = os.path.relpath(folder.resolve(), target.resolve())
-            ref = ref if ref.startswith(".") else f"./{ref}"
+        ref = ingredient.ref
+        if is_adapter(Path(ref).expanduser()):
+            ref = _relative(ref, target)
         coefficient, part = ingredient.coefficient, ingredient.filter
         vectors.append(
             MixVector(
@@ -280,9 +315,12 @@ def mix_file(
             )
         )
     base = vector.identity
+    if fitted_on and Path(fitted_on).expanduser().is_dir():
+        fitted_on = _relative(fitted_on, target)
     return MixFile(
         base=base.id if base else None,
         revision=base.revision if base else None,
+        approximate=fitted_on,
         dtype=dtype,
         vectors=vectors,
         **(settings or MixSettings()).model_dump(),
@@ -343,6 +381,26 @@ def check_same_base(
         found += [f"base: {names[0]} != {names[1]}"] if names[0] != names[1] else []
     if found:
         raise InputError(f"{left} belongs to {here.id!r} and {right} to {there.id!r} ({'; '.join(found)})", fix)
+
+
+def _read(ref: str, base: Path | None, rank: int | None, check_hash: bool) -> tuple[Adapter, float | None]:
+    """What lies at a reference; of a DoRA its fit on `base`, with the error."""
+    folder = resolve_adapter(ref)
+    if base is None or not read_json(folder / CONFIG).get("use_dora"):
+        return read_adapter(folder, check_hash=check_hash), None
+    fitted = approximate(folder, base, rank, check_hash=check_hash)
+    return fitted.adapter, fitted.error
+
+
+def _relative(ref: str, target: Path) -> str:
+    """A local folder as `mix.yaml` in `target` names it: by a path that begins with a dot."""
+    path = os.path.relpath(Path(ref).expanduser().resolve(), target.resolve())
+    return path if path.startswith(".") else f"./{path}"
+
+
+def _beside(file: str | Path, ref: str) -> str:
+    """What `_relative` wrote, from where we stand; any other reference as it is."""
+    return os.path.normpath(Path(file).parent / ref) if ref.startswith(".") else ref
 
 
 def _of_base(adapter: Adapter, identity: BaseIdentity | None) -> Adapter:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lora_prefvec.artifact.provenance import first_complaint, read_json
+from lora_prefvec.artifact.provenance import MAX_ITEMS, first_complaint, read_json
 from lora_prefvec.artifact.reference import public_name
 from lora_prefvec.errors import InputError
 from lora_prefvec.vector import BaseIdentity
@@ -134,7 +134,7 @@ def read_config(folder: Path, *, dora: bool = False) -> tuple[LoraSettings, dict
         InputError: the file is missing or damaged, a field has the wrong type, or the adapter is no linear delta.
     """
     path = folder / FILE
-    config = read_json(path)
+    config = read_json(path, MAX_ITEMS)
     _check_linear(folder, config, dora)
     try:
         # A null means the default, as in PEFT's own files; `r` and `lora_alpha` have to be there.

@@ -15,6 +15,7 @@ from lora_prefvec.vector import BaseIdentity
 SCHEMA_VERSION = 1
 FILE = "prefvec.json"
 MAX_BYTES = 16 * 2**20  # of any JSON file in an adapter folder
+MAX_ITEMS = 50_000  # in a JSON file that is checked field by field
 
 Kind = Literal["preference_adapter", "preference_vector", "mix", "conditional_adapter", "fold"]
 
@@ -168,7 +169,7 @@ def read_provenance(folder: Path) -> Provenance | None:
     path = folder / FILE
     if not path.exists():
         return None
-    content = read_json(path)
+    content = read_json(path, MAX_ITEMS)
     version = content.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise InputError(
@@ -181,8 +182,11 @@ def read_provenance(folder: Path) -> Provenance | None:
         raise InputError(f"{path} is no provenance: {first_complaint(error)}", _UNTOLD) from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, items: int = 10**6) -> dict[str, Any]:
     """The object in a JSON file of an artifact.
+
+    Args:
+        items: how many values it may hold, about.
 
     Raises:
         InputError: the file cannot be read, is absurdly large, is no JSON or holds no object.
@@ -192,7 +196,10 @@ def read_json(path: Path) -> dict[str, Any]:
             raise InputError(f"{path} is not a file", "Give a complete adapter folder.")
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MB", "It is no file of an adapter.")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.count(",") > items:
+            raise InputError(f"{path} holds more than {items} values", "It is no file of an adapter.")
+        content = json.loads(text)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", "Check its permissions.") from None
     except (ValueError, RecursionError):

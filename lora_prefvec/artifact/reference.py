@@ -124,9 +124,14 @@ def commit_of(folder: Path) -> str | None:
 
 def public_name(ref: str | Path) -> str:
     """A reference without the paths of this machine: a local folder's or file's name, anything else as it is."""
-    path = Path(ref).expanduser()
-    if path.exists() or path.is_absolute() or not _HUB_ID.fullmatch(str(ref).partition("@")[0]):
-        return path.resolve().name if path.exists() else path.name
+    path = Path(ref)
+    try:
+        path = path.expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, the home of nobody
+        exists = False
+    if exists or path.is_absolute() or not _HUB_ID.fullmatch(str(ref).partition("@")[0]):
+        return path.resolve().name if exists else path.name
     return str(ref)
 
 

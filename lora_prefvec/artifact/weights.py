@@ -65,11 +65,11 @@ class TensorSpec:
     size: int
 
 
-def read_header(path: Path, most: int = MAX_HEADER) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+def read_header(path: Path, most: int | None = None) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """The tensors of a safetensors file and its metadata; nothing is believed that the file's size contradicts.
 
     Args:
-        most: bytes that the header may have.
+        most: tensors that the file may hold; None for any number.
 
     Raises:
         InputError: the file cannot be read, is cut off, or its header lies about types, shapes or places.
@@ -79,19 +79,21 @@ def read_header(path: Path, most: int = MAX_HEADER) -> tuple[dict[str, TensorSpe
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if 2 <= length <= size - 8 and length > most:
-                raise InputError(f"{path} has a header of {length >> 20} MB, and {most >> 20} MB are read", _DAMAGED)
-            if not 2 <= length <= size - 8:
+            if not 2 <= length <= min(size - 8, MAX_HEADER):
                 raise InputError(f"{path} is cut off or no safetensors file ({size} bytes)", _DAMAGED)
-            header = json.loads(file.read(length).decode("utf-8"))
+            text = file.read(length)
+            if most is not None and text.count(b'"data_offsets"') > most:
+                raise InputError(f"{path} holds more than {most} tensors", "It is no file of an adapter.")
+            header = json.loads(text.decode("utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", "Give a complete folder.") from None
     except (ValueError, RecursionError):
         raise InputError(f"{path} has a damaged header", _DAMAGED) from None
     if not isinstance(header, dict):
         raise InputError(f"{path} has a damaged header", _DAMAGED)
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict):
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{path} has damaged metadata", _DAMAGED)
     begin = 8 + length
     tensors = {name: _spec(path, begin, name, entry) for name, entry in header.items()}
@@ -102,26 +104,27 @@ def read_header(path: Path, most: int = MAX_HEADER) -> tuple[dict[str, TensorSpe
         end += spec.size
     if end != size:
         raise InputError(f"{path} has {size} bytes and its header describes {end}", _DAMAGED)
-    return tensors, {str(key): str(value) for key, value in metadata.items()}
+    return tensors, metadata
 
 
 def _spec(path: Path, begin: int, name: str, entry: Any) -> TensorSpec:
-    lie = InputError(f"{path} has a header that lies about {name[:200]!r}", _DAMAGED)
-    if not isinstance(entry, dict) or str(entry.get("dtype")) not in _BITS:
-        raise lie
-    shape, offsets = _naturals(entry.get("shape")), _naturals(entry.get("data_offsets"))
-    if shape is None or offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise lie
-    if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * _BITS[entry["dtype"]]:
-        raise lie
-    return TensorSpec(path, entry["dtype"], shape, begin + offsets[0], offsets[1] - offsets[0])
+    if isinstance(entry, dict) and isinstance(dtype := entry.get("dtype"), str) and dtype in _BITS:
+        shape, offsets = _naturals(entry.get("shape")), _naturals(entry.get("data_offsets"))
+        if shape is not None and offsets is not None and len(offsets) == 2:
+            start, end = offsets
+            if start <= end and (end - start) * 8 == math.prod(shape) * _BITS[dtype]:
+                return TensorSpec(path, dtype, shape, begin + start, end - start)
+    raise InputError(f"{path} has a header that lies about {name[:200]!r}", _DAMAGED)
 
 
 def _naturals(value: Any) -> tuple[int, ...] | None:
     """A short list of integers that a file size or a dimension can have; None for anything else."""
     if not isinstance(value, list) or len(value) > 16:
         return None
-    return tuple(value) if all(type(number) is int and 0 <= number < 2**63 for number in value) else None
+    for number in value:
+        if type(number) is not int or not 0 <= number < 2**63:
+            return None
+    return tuple(value)
 
 
 def load_tensor(spec: TensorSpec) -> Tensor:

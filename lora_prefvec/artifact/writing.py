@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_prefvec.artifact.atomic import atomic_folder, check_target
-from lora_prefvec.artifact.canonical import Grid, factors, grid
+from lora_prefvec.artifact.canonical import BLOCK, Grid, aligned, factors, grid
 from lora_prefvec.artifact.card import model_card
 from lora_prefvec.artifact.folder import WEIGHTS
 from lora_prefvec.artifact.kinds import EXPERT_PARAMETERS, expert_of, is_conv1d, is_embedding
@@ -153,8 +153,8 @@ def _write_weights(path: Path, vector: PreferenceVector, layout: Grid, dtype: to
         for entry in entries:
             halves = []
             for module in entry.modules:
-                exact = factors(vector, module, layout)
-                halves.append(loss.cast(module, exact) if module in vector.deltas else _as(exact, dtype))
+                delta = vector.deltas.get(module)
+                halves.append(loss.cast(module, *aligned(delta, layout.shapes[module], layout.rank)))
             for values in entry.arrange(halves):
                 if hashed is not None:
                     hashed.result()  # one tensor ahead at most
@@ -227,34 +227,37 @@ class _CastLoss:
         """Norm of the change over the norm of the whole."""
         return math.sqrt(self._changed / self._whole) if self._whole > 0 else 0.0
 
-    def cast(self, module: str, exact: LowRankDelta) -> tuple[Tensor, Tensor]:
-        """The factors in the type.
+    def cast(self, module: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors [r, in] and [out, r] in the type.
 
         Raises:
             InputError: a value overflows it.
         """
-        A, B = _as(exact, self._dtype)
-        if self._dtype == torch.float32:
-            return A, B
-        for factor in (A, B):
+        new_A, new_B = A.to(self._dtype), B.to(self._dtype)
+        for factor in (new_A, new_B):
             if not math.isfinite(factor.sum().item()) and not bool(torch.isfinite(factor).all()):
                 raise InputError(
                     f"{module} overflows {str(self._dtype).removeprefix('torch.')}", "Write it as float32 or bfloat16."
                 )
+        if self._dtype != torch.float32:
+            self._add(A, B, new_A, new_B)
+        return new_A, new_B
+
+    def _add(self, A: Tensor, B: Tensor, new_A: Tensor, new_B: Tensor) -> None:
         # (B + b)(A + a) - BA = b A + (B + b) a, without the cancellation of a difference of two products
-        rounded_A, rounded_B = A.float(), B.float()
-        a, b = rounded_A - exact.A, rounded_B - exact.B
-        inputs = exact.A @ exact.A.T
-        changed = ((b.T @ b) * inputs).sum()
-        if bool(a.any()):
-            changed += ((rounded_B.T @ rounded_B) * (a @ a.T)).sum() + 2 * ((b.T @ rounded_B) * (exact.A @ a.T)).sum()
+        inputs = A @ A.T
+        whole, change = torch.zeros_like(inputs), torch.zeros_like(inputs)
+        for block, new in zip(torch.split(B, BLOCK), torch.split(new_B, BLOCK), strict=True):
+            b = new.float().sub_(block)
+            change.addmm_(b.T, b)
+            whole.addmm_(block.T, block)
+        changed = (change * inputs).sum()
+        if not torch.equal(new_A.float(), A):
+            a, rounded = new_A.float().sub_(A), new_B.float()
+            changed += ((rounded.T @ rounded) * (a @ a.T)).sum()
+            changed += 2 * (((rounded - B).T @ rounded) * (A @ a.T)).sum()
         self._changed += max(0.0, float(changed))
-        self._whole += max(0.0, float(((exact.B.T @ exact.B) * inputs).sum()))
-        return A, B
-
-
-def _as(exact: LowRankDelta, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return exact.A.to(dtype), exact.B.to(dtype)
+        self._whole += max(0.0, float((whole * inputs).sum()))
 
 
 def cast_error(deltas: Iterable[tuple[str, LowRankDelta]], dtype: torch.dtype) -> float:
@@ -268,7 +271,7 @@ def cast_error(deltas: Iterable[tuple[str, LowRankDelta]], dtype: torch.dtype) -
     """
     loss = _CastLoss(dtype)
     for module, exact in deltas if dtype != torch.float32 else ():
-        loss.cast(module, exact)
+        loss.cast(module, exact.A, exact.B)
     return loss.relative
 
 

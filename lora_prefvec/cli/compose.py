@@ -67,6 +67,7 @@ def extract(
 @click.option("--density", type=float, help="Part of the entries that ties, magnitude, dare and span keep; 0.5.")
 @click.option("--normalize", is_flag=True, help="Scale the vectors to equal norm before coefficients apply.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of what dare drops; 0 where left out.")
+@click.option("--approximate", metavar="BASE", help="Take the best low-rank fit of a DoRA, on its base.")
 @of_type("Type of the factors; float32, or that of the mix.yaml, where left out.")
 @allow_mismatch("Take vectors of different bases, or with changed weights.")
 def compose(
@@ -74,12 +75,13 @@ def compose(
     out_: Path,
     dtype: Dtype | None,
     normalize: bool,
+    approximate: str | None,
     allow_mismatch: bool,
     force: bool,
     dry_run: bool,
     **settings: Any,
 ) -> None:
-    """A mix as one adapter: exactly, with factors side by side, or cut to a rank, or by another method.
+    """A mix as one adapter: exact, cut to a rank, or merged by another method.
 
     A vector may count in part: REF=COEF,layers=8-20,modules=mlp+q_proj. A coefficient may change with the depth, from
     the first layer to the last: REF=[0,0.5,1]. The mix.yaml that is written makes the mix again.
@@ -90,16 +92,25 @@ def compose(
     prefvec compose helpful=1,layers=8-20 'harmless=[0,1]' --out mixes/deep
     prefvec compose mixes/gentle/mix.yaml --out mixes/again
     """
-    from lora_prefvec.artifact import check_target, merge_mix, mix_file, mix_provenance, typed_mix
+    from lora_prefvec.artifact import check_target, merge_mix, mix_file, mix_provenance, resolve_base, typed_mix
 
     check_target(out_, force)
-    ingredients, file = typed_mix(refs, allow_mismatch=allow_mismatch)
+    ingredients, file = typed_mix(
+        refs,
+        approximate_on=resolve_base(approximate) if approximate else None,
+        rank=settings["rank"],
+        allow_mismatch=allow_mismatch,
+    )
     asked = mix_settings(file, {**settings, "normalize": normalize or None})
     merged = merge_mix(ingredients, asked)
     dtype = dtype or (file.dtype if file else "float32")
-    text = mix_file(ingredients, merged.vector, out_, dtype, asked).to_yaml()
+    approximate = approximate or (file.approximate if file else None)
+    text = mix_file(ingredients, merged.vector, out_, dtype, asked, approximate).to_yaml()
     facts = mix_provenance(ingredients, merged.vector, "mix", merged)
     write(out_, merged.vector, facts, ingredients, dtype, force, dry_run, mix=text)
+    for one in ingredients:
+        if one.fit_error is not None:
+            out.note(f"{one.ref} is a DoRA; its low-rank fit is off by {one.fit_error:.2%} of its norm")
     if merged.energy < 1:
         out.note(f"rank {merged.rank} keeps {merged.energy:.2%} of the squared norm")
 
@@ -167,12 +178,12 @@ def protect(target: Path, sources: Sequence[Path]) -> None:
 
 def mix_text(ingredients: Sequence[Ingredient]) -> str:
     """`+1 helpful -0.5 harmless (layers=8-20)`."""
-    shown = []
-    for one in ingredients:
-        coefficient = one.coefficient
-        number = f"{list(coefficient)}" if isinstance(coefficient, tuple) else f"{coefficient:+g}"
-        shown.append(f"{number} {one.name}" + (f" ({one.filter})" if one.filter else ""))
-    return " ".join(shown)
+    from lora_prefvec.vector import written_coefficient
+
+    return " ".join(
+        f"{written_coefficient(one.coefficient)} {one.name}" + (f" ({one.filter})" if one.filter else "")
+        for one in ingredients
+    )
 
 
 def shown_size(size: int) -> str:

@@ -149,6 +149,8 @@ def layer_name(layer: int | None) -> str:
 
 def facts_of(entry: dict[str, Any], facts: Provenance | None) -> list[tuple[str, str]]:
     """Provenance as lines of name and value."""
+    from lora_prefvec.vector import written_coefficient
+
     lines = [("vector", entry["ref"]), ("kind", str(entry["kind"]).replace("_", " "))]
     if facts:
         lines.append(("preference", facts.preference or "-"))
@@ -169,7 +171,7 @@ def facts_of(entry: dict[str, Any], facts: Provenance | None) -> list[tuple[str,
         lines.append(("training", ", ".join(said) or "-"))
     if facts:
         lines += [
-            ("made from", f"{one.coefficient:+g} x {one.name} ({(one.sha256 or 'unknown')[:12]})")
+            ("made from", f"{written_coefficient(one.coefficient)} x {one.name} ({(one.sha256 or 'unknown')[:12]})")
             for one in facts.parents
         ]
         lines += [(name, "-" if value is None else f"{value:.4g}") for name, value in facts.metrics.items()]

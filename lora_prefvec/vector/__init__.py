@@ -26,7 +26,15 @@ from lora_prefvec.vector.geometry import (
 from lora_prefvec.vector.identity import BaseIdentity
 from lora_prefvec.vector.lowrank import Cut, fit
 from lora_prefvec.vector.merging import Coefficient, Merged, Method, merge
-from lora_prefvec.vector.mix import Mix, MixEntry, MixTerm, check_coefficient, parse_reference, parse_term
+from lora_prefvec.vector.mix import (
+    Mix,
+    MixEntry,
+    MixTerm,
+    check_coefficient,
+    parse_reference,
+    parse_term,
+    written_coefficient,
+)
 from lora_prefvec.vector.preference_vector import PreferenceVector, common_identity, extract, linear_combination
 
 __all__ = [
@@ -65,5 +73,6 @@ __all__ = [
     "subspace_interference",
     "type_norms",
     "type_of",
+    "written_coefficient",
     "written_layers",
 ]

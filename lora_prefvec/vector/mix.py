@@ -159,6 +159,13 @@ def check_coefficient(name: str, written: float | str) -> float:
     return coefficient
 
 
+def written_coefficient(coefficient: Coefficient) -> str:
+    """A coefficient as a person reads it: `+0.5`, or a gradient as `[0, 1]`."""
+    if isinstance(coefficient, tuple):
+        return f"[{', '.join(f'{value:g}' for value in coefficient)}]"
+    return f"{coefficient:+g}"
+
+
 def _coefficient(name: str, written: str) -> Coefficient:
     if written.startswith("[") and written.endswith("]"):
         return tuple(check_coefficient(name, value) for value in written[1:-1].split(","))

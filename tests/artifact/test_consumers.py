@@ -11,7 +11,6 @@ import torch
 
 from lora_prefvec.artifact import Provenance, read_adapter, write_adapter
 from lora_prefvec.artifact.folder import WEIGHTS
-from lora_prefvec.errors import InputError
 from lora_prefvec.vector import PreferenceVector
 from tests.artifact.models import distance, load, logits, no_complaints, with_dense
 from tests.helpers import random_vector
@@ -103,36 +102,3 @@ def test_other_families(tiny_model: Any, family: str, tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", vector, VECTOR, base=base)
     expected = with_dense(base, vector)
     assert distance(logits(PeftModel.from_pretrained(load(base), str(tmp_path / "a"))), expected) <= 1e-5
-
-
-def test_conv1d_is_refused(tiny_gpt2: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(load(tiny_gpt2), LoraConfig(target_modules=["c_proj"], task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path / "a")
-    with pytest.raises(InputError, match="Conv1D"):
-        read_adapter(tmp_path / "a")
-
-
-def test_pissa_needs_its_conversion_and_is_read_after_it(tiny_llama: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    config = LoraConfig(
-        r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(load(tiny_llama), config).eval()
-    model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(tmp_path / "start")
-    model.peft_config["default"].init_lora_weights = "pissa"
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    expected = logits(model)
-    model.save_pretrained(tmp_path / "raw")
-    with pytest.raises(InputError, match="pissa"):
-        read_adapter(tmp_path / "raw")
-    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    vector = read_adapter(tmp_path / "converted").vector
-    assert distance(with_dense(tiny_llama, vector), expected) <= 1e-4
-    assert (tmp_path / "converted" / WEIGHTS).is_file()

@@ -337,7 +337,8 @@ def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 
 
-vector = PreferenceVector({f"layers.{n}.proj": LowRankDelta(torch.ones(8, 4096), torch.ones(4096, 8)) for n in range(6)})
+delta = LowRankDelta(torch.ones(8, 4096), torch.ones(4096, 8))
+vector = PreferenceVector({f"layers.{n}.proj": delta for n in range(6)})
 before = peak()
 fold(plan_fold(Path(sys.argv[1]), vector), vector, sys.argv[2], Provenance(kind="fold"))
 print(peak() - before)

@@ -102,10 +102,20 @@ def test_an_untrained_module_stays_as_a_zero(plain_adapter: Writer) -> None:
     assert (delta.rank, delta.norm()) == (1, 0.0)
 
 
-@pytest.mark.parametrize("name", ["owner/base", "/home/someone/models/base", "./base"])
-def test_a_plain_adapter_tells_its_base(plain_adapter: Writer, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("owner/base", "owner/base"),
+        ("/home/someone/models/base", "base"),
+        ("./base", "base"),
+        ("~nobody-at-all/base", "base"),
+        ("a" * 5000, "a" * 5000),
+        ("\0", "\0"),
+    ],
+)
+def test_a_plain_adapter_tells_its_base(plain_adapter: Writer, name: str, told: str) -> None:
     adapter = read_adapter(plain_adapter({"base_model_name_or_path": name, "revision": "abc"}))
-    assert adapter.vector.identity == BaseIdentity(name if name == "owner/base" else "base", "abc")
+    assert adapter.vector.identity == BaseIdentity(told, "abc")
     assert adapter.provenance is None
 
 
@@ -140,7 +150,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lora_alpha": "8"}, "lora_alpha"),
     ({"lora_alpha": float("nan")}, "lora_alpha"),
     ({"lora_alpha": float("inf")}, "lora_alpha"),
-    ({"lora_alpha": 1e308}, "overflows"),
+    ({"lora_alpha": 1e308}, "by 2.5e.307, which float32 cannot hold"),
+    ({"lora_alpha": 1e-300}, "by 2.5e-301, which float32 cannot hold"),
     ({"use_rslora": "yes"}, "use_rslora"),
     ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
     ({"rank_pattern": {"q_proj": -1}}, "rank_pattern.q_proj"),
@@ -170,6 +181,11 @@ NAN, INF = torch.full((6, 4), float("nan")), torch.full((6, 4), float("-inf"))
     [
         ({f"{Q0}.lora_B.weight": NAN}, "NaN or infinity in factor B of model.layers.0.self_attn.q_proj"),
         ({f"{Q0}.lora_B.weight": INF}, "NaN or infinity in factor B of model.layers.0.self_attn.q_proj"),
+        ({f"{Q0}.lora_B.weight": torch.full((6, 4), 3e38)}, "overflows when model.layers.0.self_attn.q_proj is scaled"),
+        (
+            {f"{Q0}.lora_B.weight": torch.zeros(6, 4), f"{Q0}.lora_A.weight": torch.full((4, 5), float("nan"))},
+            "in factor A",
+        ),
         ({f"{Q0}.lora_B.weight": torch.ones(6, 4, dtype=torch.int8)}, "as I8"),
         ({f"{Q0}.lora_B.weight": torch.ones(6, 4, dtype=torch.float64)}, "as F64"),
         ({f"{Q0}.lora_B.weight": None}, "lacks factor B of model.layers.0.self_attn.q_proj"),
@@ -254,6 +270,8 @@ def spec(dtype: str = "F32", shape: Any = (2, 2), offsets: Any = (0, 16)) -> dic
         lying(b"[" * 50_000),
         lying(b"\xff\xfe\xff\xfe"),
         lying({"__metadata__": ["x"]}),
+        lying({"__metadata__": ""}),
+        lying({"__metadata__": {"format": 4}}),
         lying({f"{Q0}.lora_A.weight": 7}),
         lying(spec(dtype="F128"), bytes(16)),
         lying(spec(dtype=["F32"]), bytes(16)),
@@ -279,6 +297,28 @@ def test_a_damaged_file_is_refused(plain_adapter: Writer, content: bytes) -> Non
         read_adapter(folder)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 1000
+
+
+def test_absurd_numbers_of_things_are_refused(plain_adapter: Writer) -> None:
+    folder = plain_adapter()
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    sound = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(lying({f"x.{number}": empty for number in range(130_000)}))
+    with pytest.raises(InputError, match="holds more than 120000 tensors"):
+        read_adapter(folder)
+    (folder / WEIGHTS).write_bytes(sound)
+    for name, content in (
+        ("prefvec.json", {"kind": "mix", "parents": [0] * 60_000}),
+        ("adapter_config.json", [0] * 60_000),
+    ):
+        (folder / name).write_text(json.dumps(content))
+        with pytest.raises(InputError, match=f"{name} holds more than 50000 values"):
+            read_adapter(folder)
+
+
+def test_many_patterns_are_looked_up(plain_adapter: Writer) -> None:
+    modules = {f"model.layers.{number}.self_attn.q_proj": 3 for number in range(2, 20_000)}
+    read_adapter(plain_adapter({"rank_pattern": modules, "alpha_pattern": {**modules, "q_proj": 4}}))
 
 
 def test_two_tensors_in_one_place_are_refused(plain_adapter: Writer) -> None:

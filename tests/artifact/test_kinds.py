@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +15,12 @@ from lora_prefvec.artifact import Provenance, plan_adapter, read_adapter, write_
 from lora_prefvec.artifact.folder import WEIGHTS
 from lora_prefvec.artifact.kinds import expert_of, experts_transposed, is_canonical, is_conv1d, is_embedding
 from lora_prefvec.errors import InputError
-from lora_prefvec.vector import PreferenceVector
-from tests.helpers import distance, load, logits
+from lora_prefvec.vector import LowRankDelta, PreferenceVector
+from tests.artifact.models import distance, load, logits
+from tests.artifact.peft_made import peft_model, save, shake
 
 Models = Callable[[str], Path]
 VECTOR = Provenance(kind="preference_vector", preference="helpful", sign=1)
-
-
-def peft_model(base: Path, name: str = "default", **options: Any) -> Any:
-    """The base with a LoRA of rank 3 whose B is not zero."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    config = LoraConfig(**{"r": 3, "lora_alpha": 6, "task_type": "CAUSAL_LM", **options})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(load(base), config, adapter_name=name).eval()
-    shake(model)
-    return model
-
-
-def shake(model: Any) -> None:
-    for key, parameter in model.named_parameters():
-        if "lora_" in key and "magnitude" not in key:
-            torch.nn.init.normal_(parameter, std=0.2)
-
-
-def save(model: Any, folder: Path, **options: Any) -> Path:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder, **options)
-    return folder
 
 
 def with_dense(base: Path, vector: PreferenceVector) -> torch.Tensor:
@@ -111,13 +85,14 @@ def test_a_kind_is_read_as_peft_means_it_and_given_back(
     read = read_adapter(save(model, tmp_path / "a"))
     assert distance(with_dense(base, read.vector), expected) <= 1e-5
     assert distance(logits(load(base)), expected) > 1e-3
-    written = write_adapter(tmp_path / "b", read.vector, VECTOR)
-    assert plan_adapter(read.vector) == written
-    assert written.canonical == all(is_canonical(name) for name in read.vector.deltas)
-    assert distance(loads_in_peft(base, tmp_path / "b"), expected) <= 1e-5
-    back = read_adapter(tmp_path / "b").vector
-    for name, delta in read.vector.deltas.items():
-        torch.testing.assert_close(back.deltas[name].dense(), delta.dense())
+    for name, known in (("b", None), ("c", base)):
+        written = write_adapter(tmp_path / name, read.vector, VECTOR, base=known)
+        assert plan_adapter(read.vector, base=known) == written
+        assert written.canonical == all(is_canonical(module) for module in read.vector.deltas)
+        assert distance(loads_in_peft(base, tmp_path / name), expected) <= 1e-5
+        back = read_adapter(tmp_path / name).vector
+        for module, delta in read.vector.deltas.items():
+            torch.testing.assert_close(back.deltas[module].dense(), delta.dense())
 
 
 def test_experts_are_peft_s_delta_weights(tiny_model: Models, tmp_path: Path) -> None:
@@ -129,11 +104,9 @@ def test_experts_are_peft_s_delta_weights(tiny_model: Models, tmp_path: Path) ->
         compared = 0
         for path, module in model.named_modules():
             if isinstance(module, ParamWrapper):
-                parameter = (
-                    f"{path.removeprefix('base_model.model.').removesuffix('.base_layer')}.{module.parameter_name}"
-                )
+                experts = path.removeprefix("base_model.model.").removesuffix(".base_layer")
                 for index, slice_ in enumerate(module.get_delta_weight("default")):
-                    dense = vector.deltas[f"{parameter}.{index}"].dense()
+                    dense = vector.deltas[f"{experts}.{module.parameter_name}.{index}"].dense()
                     torch.testing.assert_close(dense.T if experts_transposed(family) else dense, slice_)
                     compared += 1
         assert compared == len(vector.deltas) == 2 * 2 * 4
@@ -186,14 +159,21 @@ def test_names_of_single_experts(tiny_model: Models, tmp_path: Path) -> None:
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     vector = read_adapter(tmp_path / "a").vector
     assert len(vector.deltas) == 2 * 4 * 3
-    model = load(base)
-    for layer in range(2):
-        experts = model.model.layers[layer].mlp.experts
-        for expert in range(4):
-            gate, up, down = (vector.deltas[f"model.layers.{layer}.mlp.experts.{expert}.{leaf}"] for leaf in shapes)
-            experts.gate_up_proj.data[expert] += torch.cat([gate.dense(), up.dense()])
-            experts.down_proj.data[expert] += down.dense()
-    expected = logits(model)
+
+    def folded(deltas: Mapping[str, LowRankDelta]) -> torch.Tensor:
+        model = load(base)
+        for name, delta in deltas.items():
+            _, _, layer, _, _, expert, leaf = name.split(".")
+            experts = model.model.layers[int(layer)].mlp.experts
+            if leaf == "down_proj":
+                experts.down_proj.data[int(expert)] += delta.dense()
+            else:
+                experts.gate_up_proj.data[int(expert)][slice(24) if leaf == "gate_proj" else slice(24, 48)] += (
+                    delta.dense()
+                )
+        return logits(model)
+
+    expected = folded(vector.deltas)
     from peft import PeftModel
 
     assert distance(logits(PeftModel.from_pretrained(load(base), str(tmp_path / "a")).eval()), expected) <= 1e-5
@@ -205,6 +185,7 @@ def test_names_of_single_experts(tiny_model: Models, tmp_path: Path) -> None:
     merged = read_adapter(tmp_path / "b").vector
     assert merged.deltas.keys() == vector.deltas.keys()
     assert all(merged.deltas[n].norm() == 0 for n in vector.deltas.keys() - some.keys())
+    assert distance(logits(adapted), folded(some)) <= 1e-5
     assert distance(logits(adapted), expected) > 1e-3
 
 
@@ -222,7 +203,6 @@ def test_fused_experts_that_are_missing_are_zeros(tiny_model: Models, tmp_path: 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_converted_start_is_read(tiny_model: Models, tmp_path: Path, start: str) -> None:
     base = tiny_model("llama")
-    model = peft_model(base, target_modules=["q_proj", "down_proj"], init_lora_weights=start, lora_alpha=3)
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)

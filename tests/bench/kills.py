@@ -2,16 +2,17 @@
 
     python tests/bench/kills.py --kills 50 --seed 0
 
-Commands run on a tiny random model: `train` (two-sided, as a pair, and over an older artifact with --force), `extract`
-and `compose` (into a new place, and over an older artifact). Each is killed up to three times in a row: half of the
-kills come after a random time, half just before a random one of all the touches of a file or folder that an unbroken
-run makes, so that short writes get their share. The commands are forks of a warm process (tests/forks.py): no kill is
-wasted on imports, during which nothing is written.
+Commands run on a tiny random model: `train` (two-sided, as a pair, and over an older artifact with --force), `extract`,
+`compose` and `fold` (into a new place, and over an older artifact). Each is killed up to three times in a row: half of
+the kills come after a random time, half just before a random one of all the touches of a file or folder that an
+unbroken run makes, so that short writes get their share. The commands are forks of a warm process (tests/forks.py): no
+kill is wasted on imports, during which nothing is written.
 
 After every kill `inspect` reads every folder that looks like an adapter, hidden ones too: what it accepts must be,
-byte for byte, the artifact that was there before or the one of an unbroken run. At the end the same command, with
---resume for `train`, must end in the bytes of an unbroken run and leave nothing beside them. Prints a table and writes
-tests/bench/results/kills.json; exits with 1 where anything went wrong.
+byte for byte, the artifact that was there before or the one of an unbroken run. So must be whatever transformers would
+take for a model. At the end the same command, with --resume for `train`, must end in the bytes of an unbroken run and
+leave nothing beside them. Prints a table and writes tests/bench/results/kills.json; exits with 1 where anything went
+wrong.
 """
 
 from __future__ import annotations
@@ -108,15 +109,18 @@ def prepare(warm: Warm, folder: Path) -> list[Case]:
     train = {sides: ["train", str(folder / f"{sides}.yaml")] for sides in ("two", "pair")}
     two, pair = folder / "train-two" / "out", folder / "train-pair" / "out"
     mix = ["compose", f"{two}=1", f"{pair}=-0.5"]
+    folded = ["fold", str(base), f"{two}=1", f"{pair}=-0.5", "--dtype", "bfloat16"]
     halves = ["extract", str(pair / "positive"), str(pair / "negative")]
     cases = [
         Case("train-two", train["two"]),
         Case("train-pair", train["pair"]),
         Case("extract", halves),
         Case("compose", mix),
+        Case("fold", folded),
         Case("train over an artifact", train["two"], over=pair),
         Case("extract over an artifact", halves, over=two),
         Case("compose over an artifact", mix, over=pair),
+        Case("fold over an artifact", folded, over=two),
     ]
     for case in cases:
         place = begin(case, folder / case.name.replace(" ", "-"))
@@ -195,6 +199,9 @@ def look(warm: Warm, case: Case, place: Path, tally: Tally) -> None:
         top = place / "out"
         if top not in (folder, *folder.parents) or case.hashes(top) not in known:
             tally.faults.append(f"inspect accepts {folder.relative_to(place)}, which is not whole")
+    for config in place.rglob("config.json"):
+        if case.hashes(config.parent) not in known:
+            tally.faults.append(f"{config.parent.relative_to(place)} is a model that is not whole")
 
 
 def run(warm: Warm, folder: Path, kills: int, seed: int) -> dict[str, Tally]:

@@ -1,4 +1,4 @@
-"""Three kills of the fifty that `kills.py` makes."""
+"""Four kills of the fifty that `kills.py` makes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cases(warm: Warm, folder: Path) -> dict[str, Case]:
     return {case.name: case for case in prepare(warm, folder)}
 
 
-@pytest.mark.parametrize("name", ["train-two", "extract", "compose over an artifact"])
+@pytest.mark.parametrize("name", ["train-two", "extract", "compose over an artifact", "fold"])
 def test_what_is_killed_goes_on(name: str, cases: dict[str, Case], warm: Warm, folder: Path) -> None:
     tally = Tally()
     draw = random.Random(3)

@@ -1,4 +1,4 @@
-"""`extract`, `compose`, `fold` as a user types them."""
+"""`extract`, `compose` as a user types them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 
 import click
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
-from lora_prefvec.artifact import Provenance, identity_of, read_adapter, write_adapter
-from lora_prefvec.cli.compose import compose, extract, fold
+from lora_prefvec.artifact import Provenance, read_adapter, write_adapter
+from lora_prefvec.cli.compose import compose, extract
 from lora_prefvec.cli.inspect import inspect
 from lora_prefvec.errors import InputError
 from lora_prefvec.output import out
@@ -140,48 +139,41 @@ def test_force_replaces_but_never_what_is_read(place: Path) -> None:
     assert (place / "run" / "positive").is_dir()
 
 
-def test_fold_makes_a_model(tiny_llama: Path, place: Path) -> None:
-    import transformers
-
-    from tests.helpers import random_vector
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
-    identity = identity_of(tiny_llama)
-    vector = replace(random_vector(model, rank=2, seed=0), identity=identity)
-    write_adapter("llama", vector, Provenance(kind="preference_vector", base=identity))
-    assert "would write f" in run(fold, str(tiny_llama), "llama=0.5", "--out", "f", "--dry-run").stdout
-    assert not (place / "f").exists()
-    result = run(fold, str(tiny_llama), "llama=0.5", "llama=1", "--out", "f")
-    assert re.match(r"wrote f: tiny-llama0 \+0\.5 llama \+1 llama, 14 matrices changed, 430\.3 kB", result.stdout)
-    assert "100.0% of the delta kept" in result.stdout
-    folded = transformers.AutoModelForCausalLM.from_pretrained("f")
-    name = "model.layers.1.mlp.up_proj"
-    torch.testing.assert_close(
-        folded.get_submodule(name).weight - model.get_submodule(name).weight,
-        vector.deltas[name].dense() * 1.5,
-        rtol=1e-3,
-        atol=1e-5,
-    )
-    facts = json.loads((place / "f" / "prefvec.json").read_text())
-    assert (facts["kind"], facts["base"]["id"], len(facts["parents"])) == ("fold", "tiny-llama0", 2)
-    assert "belongs to" in refused(fold, str(tiny_llama), "helpful", "--out", "g")
-    assert "in the base and" in refused(fold, str(tiny_llama), "helpful", "--out", "g", "--allow-mismatch")
-    assert "exists" in refused(fold, str(tiny_llama), "llama", "--out", "f")
-
-
-def test_a_fold_that_loses_the_delta_says_so(tiny_llama: Path) -> None:
-    import transformers
-
-    from tests.helpers import random_vector
-
-    vector = random_vector(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), rank=2, seed=0)
-    write_adapter("llama", vector, Provenance(kind="preference_vector"))
-    result = run(fold, str(tiny_llama), "llama=1e-4", "--out", "f", "--dtype", "bfloat16")
-    assert re.search(r"warning: rounding took \d+% of the delta", result.stderr)
-
-
 def test_a_plain_adapter_is_welcome(place: Path) -> None:
     (place / "harmless" / "prefvec.json").unlink()
     assert "plain PEFT adapter" in run(inspect, "harmless").stdout
     run(compose, "helpful", "harmless=2", "--out", "m", "--allow-mismatch")
     assert_same(read_adapter("m").vector, small_vector(2, 0) + small_vector(2, 1) * 2, 1e-5)
+
+
+def test_a_dora_is_fitted_where_a_base_is_named_and_its_mix_comes_again(tiny_llama: Path, tmp_path: Path) -> None:
+    from tests.artifact.test_approximate import dora
+
+    dora(tiny_llama, tmp_path / "d", target_modules=["q_proj", "v_proj"])
+    assert "--approximate BASE" in refused(compose, "d=1", "--out", "m")
+    made = run(compose, "d=0.5", "--approximate", str(tiny_llama), "--rank", "8", "--out", "m")
+    assert made.exit_code == 0
+    assert re.search(r"d is a DoRA; its low-rank fit is off by \d+\.\d+% of its norm", made.stderr)
+    vector = read_adapter("m").vector
+    assert vector.rank <= 8
+    assert 0 < json.loads(Path("m/prefvec.json").read_text())["metrics"]["fit_error d"] < 1
+    assert run(compose, "m/mix.yaml", "--out", "again").exit_code == 0
+    assert_same(read_adapter("again").vector, vector)
+    assert "none of the vectors is a DoRA" in refused(
+        compose, "helpful=1", "--approximate", str(tiny_llama), "--out", "x"
+    )
+
+
+def test_settings_are_options_and_change_those_of_a_mix_file() -> None:
+    assert run(compose, "helpful=[0,1],modules=mlp", "harmless=-1", "--rank", "1", "--out", "m").exit_code == 0
+    text = Path("m/mix.yaml").read_text()
+    assert "rank: 1" in text
+    assert "- 0.0" in text
+    assert run(compose, "m/mix.yaml", "--energy", "0.5", "--method", "ties", "--out", "n").exit_code == 0
+    text = Path("n/mix.yaml").read_text()
+    assert "energy: 0.5" in text
+    assert "method: ties" in text
+    assert "rank" not in text
+    both = refused(compose, "helpful=1", "--rank", "2", "--energy", "0.5", "--out", "x")
+    assert "either to a rank or to an energy" in both
+    assert "--density 2.0: " in refused(compose, "helpful=1", "--density", "2", "--out", "x")
