@@ -83,10 +83,7 @@ def _summary(facts: Provenance, rank: int, modules: int) -> str:
 def _parents(facts: Provenance) -> str:
     if not facts.parents:
         return ""
-    rows = [
-        [parent.name, _part(parent), parent.revision or "-", _short(parent.sha256)]
-        for parent in facts.parents
-    ]
+    rows = [[parent.name, _part(parent), parent.revision or "-", _short(parent.sha256)] for parent in facts.parents]
     return "## Made from\n\n" + _table(["adapter", "coefficient", "revision", "SHA-256 of the weights"], rows)
 
 

@@ -273,7 +273,9 @@ def mix_provenance(
     Args:
         merged: how `vector` was made; exactly, where None.
     """
-    metrics = {f"fit_error {one.name}": one.fit_error for one in ingredients if one.fit_error is not None}
+    metrics: dict[str, float | None] = {
+        f"fit_error {one.name}": one.fit_error for one in ingredients if one.fit_error is not None
+    }
     if merged and merged.energy < 1:
         metrics["energy_kept"] = merged.energy
     return Provenance(

@@ -73,12 +73,12 @@ def find_live(refs: Sequence[str], base: str | None, quantization: Quantization 
     names: dict[str, str] = {}  # reference -> name
     vectors: dict[str, PreferenceVector] = {}
     mix: dict[str, float] = {}
-    for one in ingredients:
+    for (_, coefficient), one in zip(asked, ingredients, strict=True):
         if one.ref not in names:
             name = one.name if "/" in one.ref else one.ref
             names[one.ref] = one.ref if name in vectors else name
         vectors[names[one.ref]] = one.adapter.vector
-        mix[names[one.ref]] = mix.get(names[one.ref], 0.0) + one.coefficient
+        mix[names[one.ref]] = mix.get(names[one.ref], 0.0) + coefficient
     return Live(base, folder, quantization or trained_in(ingredients), vectors, mix)
 
 
