@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_prefvec.errors import InputError
-from lora_prefvec.vector.delta import LowRankDelta, check_cut, check_rank, combine, finite, kept, smallest_rank
+from lora_prefvec.vector.delta import LowRankDelta, check_cut, check_rank, combine, finite, gram, kept, smallest_rank
 from lora_prefvec.vector.identity import BaseIdentity
 
 if TYPE_CHECKING:
@@ -66,8 +66,13 @@ class PreferenceVector:
 
     def cosine(self, other: PreferenceVector) -> float:
         """Cosine of the angle between two vectors, of their dense deltas; 0.0 where one of them is zero."""
-        norms = self.norm() * other.norm()
-        return max(-1.0, min(1.0, (self @ other) / norms)) if norms > 0 else 0.0
+        common_identity([self.identity, other.identity])
+        grams = [gram([left, right]) for _, left, right in _pairs(self, other)]
+        inner, mine, theirs = (math.fsum(float(one[i, j]) for one in grams) for i, j in ((0, 1), (0, 0), (1, 1)))
+        mine += math.fsum(delta.inner(delta) for name, delta in self.deltas.items() if name not in other.deltas)
+        theirs += math.fsum(delta.inner(delta) for name, delta in other.deltas.items() if name not in self.deltas)
+        norms = math.sqrt(max(mine, 0.0)) * math.sqrt(max(theirs, 0.0))
+        return max(-1.0, min(1.0, inner / norms)) if norms > 0 else 0.0
 
     def spectrum(self) -> dict[str, Tensor]:
         """Module -> singular values of its delta, largest first, float64."""
