@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +34,7 @@ from lora_prefvec.vector import (
 )
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+_READERS = 4  # adapters that are read at a time
 _OVERRIDE = "Use vectors of one base, or go on at your own risk with --allow-mismatch."
 
 
@@ -183,11 +185,13 @@ def open_mix(
     Raises:
         InputError: there is no such vector, it cannot be read, or it belongs to another base than the first.
     """
-    found = []
-    for reference in references:
-        term = MixTerm(*reference)
-        adapter, error = _read(term.ref, approximate_on, rank, check_hash=not allow_mismatch)
-        found.append(Ingredient(term.ref, adapter, term.coefficient, term.filter, error))
+    terms = [MixTerm(*reference) for reference in references]
+    with ThreadPoolExecutor(_READERS) as pool:
+        read = pool.map(lambda term: _read(term.ref, approximate_on, rank, check_hash=not allow_mismatch), terms)
+        found = [
+            Ingredient(term.ref, adapter, term.coefficient, term.filter, error)
+            for term, (adapter, error) in zip(terms, read, strict=True)
+        ]
     if approximate_on and all(ingredient.fit_error is None for ingredient in found):
         raise InputError(
             "none of the vectors is a DoRA, so there is nothing to approximate", "Leave --approximate out."
