@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +31,7 @@ from lora_prefvec.artifact.weights import (
     read_header,
     write_header,
 )
+from lora_prefvec.artifact.workers import workers
 from lora_prefvec.errors import InputError
 from lora_prefvec.vector import PreferenceVector
 
@@ -43,7 +42,6 @@ LEAST_KEPT = 0.8  # a 4-bit fold that keeps less is refused unless it is asked f
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "additional_chat_templates/*.jinja")
 _LICENCES = ("LICENSE*", "NOTICE*")
 _NOT_COPIED = ("*.index.json", "config.json", "adapter_config.json", "quantize_config.json", PROVENANCE)
-_THREADS = 4  # more wait for the disk
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ def fold(
 def _write_weights(plan: FoldPlan, vector: PreferenceVector, folder: Path, advance: Callable[[], None]) -> FoldFacts:
     found: list[Measured] = []
     buffers = Buffers()
-    with _pool() as pool:
+    with workers() as pool:
         jobs: list[list[Future[Measured]]] = []
         for name, targets in plan.files.items():
             file = folder / name
@@ -215,19 +213,6 @@ def _write_weights(plan: FoldPlan, vector: PreferenceVector, folder: Path, advan
             found += [part.result() for part in parts]
             advance()
     return _facts(plan, norms, found)
-
-
-@contextmanager
-def _pool() -> Iterator[ThreadPoolExecutor]:
-    """Threads that compute alone, each on one core; what they have not begun is dropped when something goes wrong."""
-    before = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(min(_THREADS, cores), initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(before)
 
 
 def _facts(plan: FoldPlan, norms: dict[str, float], found: list[Measured]) -> FoldFacts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from lora_prefvec.artifact.folder import Adapter, read_adapter
 from lora_prefvec.artifact.peft_config import FILE as CONFIG
 from lora_prefvec.artifact.provenance import Parent, Provenance, first_complaint, read_json
 from lora_prefvec.artifact.reference import commit_of, is_adapter, public_name, resolve_adapter, resolve_base
+from lora_prefvec.artifact.workers import workers
 from lora_prefvec.errors import InputError
 from lora_prefvec.vector import (
     BaseIdentity,
@@ -34,7 +34,6 @@ from lora_prefvec.vector import (
 )
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-_READERS = 4  # adapters that are read at a time
 _OVERRIDE = "Use vectors of one base, or go on at your own risk with --allow-mismatch."
 
 
@@ -186,7 +185,7 @@ def open_mix(
         InputError: there is no such vector, it cannot be read, or it belongs to another base than the first.
     """
     terms = [MixTerm(*reference) for reference in references]
-    with ThreadPoolExecutor(_READERS) as pool:
+    with workers() as pool:
         read = pool.map(lambda term: _read(term.ref, approximate_on, rank, check_hash=not allow_mismatch), terms)
         found = [
             Ingredient(term.ref, adapter, term.coefficient, term.filter, error)

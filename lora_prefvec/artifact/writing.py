@@ -24,6 +24,7 @@ from lora_prefvec.artifact.provenance import FILE as PROVENANCE
 from lora_prefvec.artifact.provenance import Provenance
 from lora_prefvec.artifact.reference import local_base
 from lora_prefvec.artifact.weights import Layout, SafetensorsWriter, dtype_name
+from lora_prefvec.artifact.workers import in_order, workers
 from lora_prefvec.errors import InputError
 from lora_prefvec.vector import BaseIdentity, LowRankDelta, PreferenceVector
 
@@ -142,25 +143,35 @@ def _written(layout: Grid, dtype: torch.dtype, error: float) -> Written:
 
 
 def _write_weights(path: Path, vector: PreferenceVector, layout: Grid, dtype: torch.dtype) -> tuple[str, float]:
-    """Stream the factors into a file, hashing what is written in a thread beside; returns as `_fill`."""
+    """Stream the factors into a file, made and hashed in threads beside; returns as `_fill`."""
     entries = _entries(layout)
     name_of = dtype_name(dtype)
     shapes: Layout = {name: (name_of, shape) for entry in entries for name, shape in entry.tensors.items()}
-    loss = _CastLoss(dtype)
-    with SafetensorsWriter(path, shapes, {"format": "pt"}) as file, ThreadPoolExecutor(1) as beside:
+
+    def prepare(entry: _Entry) -> tuple[list[Tensor], _CastLoss]:
+        loss = _CastLoss(dtype)
+        halves = [
+            loss.cast(module, *aligned(vector.deltas.get(module), layout.shapes[module], layout.rank))
+            for module in entry.modules
+        ]
+        return list(entry.arrange(halves)), loss
+
+    total = _CastLoss(dtype)
+    with (
+        SafetensorsWriter(path, shapes, {"format": "pt"}) as file,
+        workers() as pool,
+        ThreadPoolExecutor(1) as beside,
+    ):
         digest = hashlib.sha256(path.read_bytes())
         hashed = None
-        for entry in entries:
-            halves = []
-            for module in entry.modules:
-                delta = vector.deltas.get(module)
-                halves.append(loss.cast(module, *aligned(delta, layout.shapes[module], layout.rank)))
-            for values in entry.arrange(halves):
+        for tensors, loss in in_order(pool, prepare, entries):
+            total.add(loss)
+            for values in tensors:
                 if hashed is not None:
                     hashed.result()  # one tensor ahead at most
                 hashed = beside.submit(digest.update, values.reshape(-1).view(torch.uint8).numpy().data)
                 file.write(values)
-    return digest.hexdigest(), loss.relative
+    return digest.hexdigest(), total.relative
 
 
 @dataclass(frozen=True)
@@ -227,6 +238,11 @@ class _CastLoss:
         """Norm of the change over the norm of the whole."""
         return math.sqrt(self._changed / self._whole) if self._whole > 0 else 0.0
 
+    def add(self, other: _CastLoss) -> None:
+        """Count in what another one has seen."""
+        self._changed += other._changed
+        self._whole += other._whole
+
     def cast(self, module: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The factors [r, in] and [out, r] in the type.
 
@@ -240,10 +256,10 @@ class _CastLoss:
                     f"{module} overflows {str(self._dtype).removeprefix('torch.')}", "Write it as float32 or bfloat16."
                 )
         if self._dtype != torch.float32:
-            self._add(A, B, new_A, new_B)
+            self._compare(A, B, new_A, new_B)
         return new_A, new_B
 
-    def _add(self, A: Tensor, B: Tensor, new_A: Tensor, new_B: Tensor) -> None:
+    def _compare(self, A: Tensor, B: Tensor, new_A: Tensor, new_B: Tensor) -> None:
         # (B + b)(A + a) - BA = b A + (B + b) a, without the cancellation of a difference of two products
         inputs = A @ A.T
         whole, change = torch.zeros_like(inputs), torch.zeros_like(inputs)
