@@ -1,6 +1,6 @@
 """The algebra of preferences: low-rank deltas, vectors of them, mixes, and how they lie to each other."""
 
-from lora_prefvec.vector.delta import LowRankDelta
+from lora_prefvec.vector.delta import Cut, LowRankDelta
 from lora_prefvec.vector.filters import (
     Filter,
     Gradient,
@@ -24,7 +24,7 @@ from lora_prefvec.vector.geometry import (
     type_of,
 )
 from lora_prefvec.vector.identity import BaseIdentity
-from lora_prefvec.vector.lowrank import Cut, fit
+from lora_prefvec.vector.lowrank import fit
 from lora_prefvec.vector.merging import Coefficient, Merged, Method, merge
 from lora_prefvec.vector.mix import (
     Mix,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,9 +135,6 @@ class LowRankDelta:
     def truncate(self, *, rank: int | None = None, energy: float | None = None) -> LowRankDelta:
         """The best approximation of a rank (Eckart and Young 1936), or of the smallest that keeps an energy.
 
-        No dense matrix and no orthonormal basis is built. With the core's SVD U S V^T (see `svd`) and k values kept,
-        B' = B (R_a^T V S^-1/2) and A' = (S^-1/2 U^T R_b) A.
-
         Args:
             rank: largest rank of the result. It is lower where the delta has no more directions, and a delta that has
                 no more factors is returned as it is.
@@ -146,22 +144,33 @@ class LowRankDelta:
             InputError: both or none of the two are given, or one is out of range.
         """
         check_cut(rank, energy)
-        if rank is not None and rank >= self.rank:
-            return self
+        return self if rank is not None and rank >= self.rank else self.cut(rank=rank, energy=energy).delta
+
+    def cut(self, *, rank: int | None = None, energy: float | None = None) -> Cut:
+        """As `truncate`, with the norms before and after.
+
+        No dense matrix and no orthonormal basis is built. With the core's SVD U S V^T (see `svd`) and k values kept,
+        B' = B (R_a^T V S^-1/2) and A' = (S^-1/2 U^T R_b) A.
+        """
+        check_cut(rank, energy)
         A, B = self.A.double(), self.B.double()
         r_a, r_b = _triangle(A.T), _triangle(B)
         u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-        count = smallest_rank(s**2, energy) if energy is not None else check_rank(rank)
+        squares = s.square()
+        norm2 = float(squares.sum())
+        if rank is not None and rank >= self.rank:
+            return Cut(self, norm2, norm2)
+        count = smallest_rank(squares, energy) if energy is not None else check_rank(rank)
         # Directions below the rounding of the terms that make the core are noise, and S^-1/2 would blow them up.
         terms = torch.linalg.vector_norm(r_a, dim=0) @ torch.linalg.vector_norm(r_b, dim=0)
-        floor = ROUNDING * terms
-        count = min(count, int((s > floor).sum()))
+        count = min(count, int((s > ROUNDING * terms).sum()))
         if count == 0:
-            return LowRankDelta(self.A[:1] * 0, self.B[:, :1] * 0)
+            return Cut(LowRankDelta(self.A[:1] * 0, self.B[:, :1] * 0), norm2, 0.0)
         root = s[:count].rsqrt()
         reduced_B = B @ (r_a.T @ (vh[:count].T * root))
         reduced_A = ((u[:, :count] * root).T @ r_b) @ A
-        return LowRankDelta(reduced_A.to(self.A.dtype), reduced_B.to(self.B.dtype))
+        delta = LowRankDelta(reduced_A.to(self.A.dtype), reduced_B.to(self.B.dtype))
+        return Cut(delta, norm2, float(squares[:count].sum()))
 
     def project_out(self, other: LowRankDelta) -> LowRankDelta:
         """What is left after taking away the part along `other`: d - (<d, o> / <o, o>) o, at the sum of both ranks."""
@@ -171,6 +180,20 @@ class LowRankDelta:
     def to(self, device: torch.device | str) -> LowRankDelta:
         """The same delta with its factors on `device`."""
         return LowRankDelta(self.A.to(device), self.B.to(device))
+
+
+class Cut(NamedTuple):
+    """A low-rank delta and what it was cut from.
+
+    Attributes:
+        delta: the delta.
+        norm2: squared Frobenius norm of what was cut.
+        kept: squared norm of what is left of it.
+    """
+
+    delta: LowRankDelta
+    norm2: float
+    kept: float
 
 
 def _triangle(matrix: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_prefvec.vector.delta import LowRankDelta
-from lora_prefvec.vector.lowrank import Cut, fit
+from lora_prefvec.vector.delta import Cut, LowRankDelta
+from lora_prefvec.vector.lowrank import fit
 
 DenseMethod = Literal["ties", "dare_linear", "dare_ties", "magnitude"]
 BLOCK = 2**18  # entries of a dense delta in work at a time: a few of them stay in a core's cache

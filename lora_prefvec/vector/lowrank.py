@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_prefvec.vector.delta import LowRankDelta, check_cut
+from lora_prefvec.vector.delta import Cut, LowRankDelta, check_cut
 
 EXACT_BELOW = 512  # columns: up to here the full eigendecomposition takes less than the iteration
 OVERSAMPLING = 8  # directions beyond twice the rank, so that the wanted ones separate from the rest
 CONVERGED = 1e-5  # relative growth of the captured squared norm in one round
 ROUNDS = 40
-
-
-class Cut(NamedTuple):
-    """A low-rank delta and what it was cut from.
-
-    Attributes:
-        delta: the delta.
-        norm2: squared Frobenius norm of what was cut.
-        kept: squared norm of what is left of it.
-    """
-
-    delta: LowRankDelta
-    norm2: float
-    kept: float
 
 
 def fit(matrix: Tensor, *, rank: int | None = None, energy: float | None = None, seed: int = 0) -> Cut:

@@ -21,7 +21,7 @@ negation.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -29,9 +29,10 @@ import torch
 
 from lora_prefvec.errors import InputError, nearest
 from lora_prefvec.progress import progress
-from lora_prefvec.vector.delta import check_energy, check_rank, combine, finite, gram
+from lora_prefvec.vector.delta import Cut, check_energy, check_rank, combine, finite, gram
 from lora_prefvec.vector.dense import Part, merge_dense
 from lora_prefvec.vector.filters import depth_of, graded
+from lora_prefvec.vector.identity import BaseIdentity
 from lora_prefvec.vector.preference_vector import PreferenceVector, check_module, common_identity, linear_combination
 from lora_prefvec.vector.span import merge_in_span
 
@@ -124,18 +125,21 @@ def merge(
                         members, method, name, rank=rank, energy=energy, density=density, seed=seed
                     )
                     bar.advance()
-    identity = common_identity(vector.identity for _, _, vector in parts)
-    vector = PreferenceVector({name: cut.delta for name, cut in cuts.items()}, identity)
-    norm2, kept = math.fsum(cut.norm2 for cut in cuts.values()), math.fsum(cut.kept for cut in cuts.values())
-    return Merged(vector, method, vector.rank, kept / norm2 if norm2 > 0 else 1.0)
+    return _joined(cuts, method, common_identity(vector.identity for _, _, vector in parts))
 
 
 def _cut(total: PreferenceVector, method: Method, rank: int | None, energy: float | None) -> Merged:
     if rank is None and energy is None:
         return Merged(total, method, total.rank, 1.0)
-    vector, norm = total.truncate(rank=rank, energy=energy), total.norm()
-    kept = min((vector.norm() / norm) ** 2, 1.0) if norm > 0 else 1.0
-    return Merged(vector, "truncated" if method == "exact" else method, vector.rank, kept)
+    most = total.rank_for(energy) if energy is not None else rank
+    cuts = {name: delta.cut(rank=most) for name, delta in total.deltas.items()}
+    return _joined(cuts, "truncated" if method == "exact" else method, total.identity)
+
+
+def _joined(cuts: Mapping[str, Cut], method: Method, identity: BaseIdentity | None) -> Merged:
+    vector = PreferenceVector({name: cut.delta for name, cut in cuts.items()}, identity)
+    norm2, kept = math.fsum(cut.norm2 for cut in cuts.values()), math.fsum(cut.kept for cut in cuts.values())
+    return Merged(vector, method, vector.rank, kept / norm2 if norm2 > 0 else 1.0)
 
 
 def _parts(

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_prefvec.vector.delta import LowRankDelta
+from lora_prefvec.vector.delta import Cut, LowRankDelta
 from lora_prefvec.vector.dense import Part, elect
-from lora_prefvec.vector.lowrank import Cut
 
 
 def merge_in_span(parts: Sequence[Part], *, rank: int | None, energy: float | None, density: float) -> Cut:
