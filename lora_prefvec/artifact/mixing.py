@@ -134,11 +134,11 @@ class MixFile(MixSettings):
     def to_yaml(self) -> str:
         """The text of `mix.yaml`."""
         head = "# Makes this folder again: prefvec compose mix.yaml --out DIR\n"
-        facts = self.model_dump(exclude_none=True, exclude_defaults=True)
-        order = ["base", "revision", "approximate", "method", *MixSettings.model_fields, "dtype", "vectors"]
-        shown = {**facts, "method": self.method, "dtype": self.dtype}
+        facts = self.model_dump(exclude_none=True)
+        asked = self.settings.model_dump(exclude_defaults=True)
+        order = ["base", "revision", "approximate", "method", *asked, "dtype", "vectors"]
         return head + yaml.safe_dump(
-            {key: shown[key] for key in dict.fromkeys(order) if key in shown}, sort_keys=False, allow_unicode=True
+            {key: facts[key] for key in dict.fromkeys(order) if key in facts}, sort_keys=False, allow_unicode=True
         )
 
     @property
