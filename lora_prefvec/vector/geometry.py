@@ -144,6 +144,15 @@ def cosine_matrix(vectors: Sequence[PreferenceVector]) -> Tensor:
     return _cosines(sum(_module_grams(vectors).values(), torch.zeros(k, k, dtype=torch.float64)))
 
 
+def module_cosines(vectors: Sequence[PreferenceVector]) -> dict[str, Tensor]:
+    """Module -> cosine of every two of k vectors within that module, [k, k], float64; 0.0 where one is zero there.
+
+    Raises:
+        InputError: a module has two shapes.
+    """
+    return {name: _cosines(inner) for name, inner in _module_grams(vectors).items()}
+
+
 def layer_cosines(vectors: Sequence[PreferenceVector]) -> dict[int | None, Tensor]:
     """Layer -> cosine of every two of k vectors within that layer, [k, k], float64.
 

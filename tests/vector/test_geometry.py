@@ -17,6 +17,7 @@ from lora_prefvec.vector import (
     layer_cosines,
     layer_norms,
     layer_of,
+    module_cosines,
     module_norms,
     norm_grid,
     subspace_interference,
@@ -85,6 +86,18 @@ def test_interference_shows_the_layer_where_vectors_oppose() -> None:
     assert float(layers[0][0, 1]) == pytest.approx(1.0)
     assert float(layers[1][0, 1]) == pytest.approx(-1.0)
     assert float(layers[None][0, 1]) == 0.0
+
+
+def test_module_cosines_are_those_of_the_deltas_alone() -> None:
+    left, right = (
+        PreferenceVector({"a": random_delta(seed), "b": random_delta(seed + 1, rank=2)}) for seed in (0, 4)
+    )
+    cosines = module_cosines([left, right])
+    for name in ("a", "b"):
+        alone = [PreferenceVector({name: vector.deltas[name]}) for vector in (left, right)]
+        torch.testing.assert_close(cosines[name], cosine_matrix(alone), rtol=0, atol=1e-12)
+        dense = [vector.deltas[name].dense().flatten() for vector in (left, right)]
+        assert float(cosines[name][0, 1]) == pytest.approx(float(torch.cosine_similarity(*dense, dim=0)), abs=1e-5)
 
 
 def test_two_shapes_of_one_module_are_named() -> None:
