@@ -38,7 +38,7 @@ PROMPTS, QUICK_PROMPTS = 160, 80
 SHOWN: tuple[dict[str, float], ...] = (
     {},
     {"helpful": 1.0},
-    {"helpful": 1.0, "harmless": 2.0},
+    {"helpful": 1.0, "harmless": 1.0},
     {"helpful": 1.0, "harmless": 1.0, "concise": 1.0},
 )
 
