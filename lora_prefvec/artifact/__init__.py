@@ -1,7 +1,7 @@
 """Adapter folders: where they lie, what they say of themselves, how they are read, written and folded."""
 
 from lora_prefvec.artifact.approximate import Approximation, approximate
-from lora_prefvec.artifact.atomic import atomic_file, atomic_folder, check_target
+from lora_prefvec.artifact.atomic import atomic_file, atomic_folder, check_output, check_target
 from lora_prefvec.artifact.base_facts import Base, find_base, need_base, read_base
 from lora_prefvec.artifact.describe import compare, describe, powers_of_two
 from lora_prefvec.artifact.export_gguf import GgufPlan, import_gguf, plan_gguf, write_gguf
@@ -58,6 +58,7 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "base_identity",
+    "check_output",
     "check_same_base",
     "check_target",
     "commit_of",

@@ -196,7 +196,7 @@ def _not_a_factor(path: Path, name: str) -> InputError:
     if "lora_magnitude_vector" in name:
         return InputError(
             f"{path} is a DoRA (it holds {shown})",
-            "Take its best low-rank fit with --approximate BASE, or train it again without use_dora.",
+            "Take its best low-rank fit with prefvec compose --approximate BASE, or train it again without use_dora.",
         )
     if name.endswith(".bias"):
         return InputError(f"{path} carries a bias ({shown})", "Train it again with bias none.")

@@ -35,6 +35,8 @@ _UNFIT = {
     errno.ENAMETOOLONG,
     errno.EINVAL,
 }
+# What tells an adapter, a model, GGUF files or a demo from a folder that somebody needs.
+_MARKS = ("adapter_config.json", "prefvec.json", "config.json", "results.json", "*.gguf")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -108,6 +110,23 @@ def check_target(target: str | Path, force: bool = False) -> Path:
         raise InputError(f"{target} exists", "Choose another --out, or replace it with --force.")
     if place == Path.home() or place == Path.cwd() or place in Path.cwd().parents:
         raise InputError(f"{target} is your home, or holds the folder you stand in", "Choose another --out.")
+    return place
+
+
+def check_output(target: str | Path, force: bool = False) -> Path:
+    """As `check_target`, for a folder that a person names: what `force` replaces must look like an earlier output.
+
+    Raises:
+        InputError: as `check_target`, or `target` is a file, or a folder that holds nothing that is written here.
+    """
+    place = check_target(target, force)
+    if place.exists() and not place.is_dir():
+        raise InputError(f"{target} is a file, and a folder is to be written", "Choose another --out.")
+    if place.is_dir() and any(place.iterdir()) and not any(any(place.glob(mark)) for mark in _MARKS):
+        raise InputError(
+            f"{target} holds files, and none that tells of an adapter or a model, so --force does not replace it",
+            "Choose another --out, or remove it yourself.",
+        )
     return place
 
 

@@ -16,7 +16,7 @@ import torch
 
 from lora_prefvec.artifact import nf4
 from lora_prefvec.artifact.adding import Buffers, Measured, Target, pieces, work
-from lora_prefvec.artifact.atomic import atomic_folder, check_target
+from lora_prefvec.artifact.atomic import atomic_folder, check_output
 from lora_prefvec.artifact.kinds import is_conv1d
 from lora_prefvec.artifact.placing import Placement, place
 from lora_prefvec.artifact.provenance import FILE as PROVENANCE
@@ -177,7 +177,7 @@ def fold(
         InputError: the target exists or cannot be written, the disk is full, a weight overflows its type, or a 4-bit
             checkpoint would keep less than `LEAST_KEPT` of the delta.
     """
-    check_target(target, force)
+    check_output(target, force)
     with atomic_folder(target, force) as folder:
         facts = _write_weights(plan, vector, folder, advance)
         if plan.to_nf4 and facts.kept < LEAST_KEPT and not accept_loss:
@@ -199,6 +199,8 @@ def fold(
 def _write_weights(plan: FoldPlan, vector: PreferenceVector, folder: Path, advance: Callable[[], None]) -> FoldFacts:
     found: list[Measured] = []
     buffers = Buffers()
+    if any(target.whole or target.compare for targets in plan.files.values() for target in targets):
+        nf4.prepare()
     with workers() as pool:
         jobs: list[list[Future[Measured]]] = []
         for name, targets in plan.files.items():

@@ -33,6 +33,11 @@ def quantises(tensor: str, spec: TensorSpec) -> bool:
     return not (embedding or is_head(module) or is_router(module) or is_single_expert(module))
 
 
+def prepare() -> None:
+    """Import bitsandbytes, in one thread: where several come first, some may find its kernels not yet registered."""
+    import bitsandbytes  # noqa: F401
+
+
 def quantise(weight: Tensor) -> tuple[Tensor, Any]:
     """Packed values (two in a byte) and bitsandbytes' state of a weight [out, in]."""
     from bitsandbytes.functional import quantize_4bit

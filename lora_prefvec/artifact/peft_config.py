@@ -161,7 +161,7 @@ def _check_linear(folder: Path, config: dict[str, Any], dora: bool) -> None:
     if config.get("use_dora") and not dora:
         raise InputError(
             f"{folder} is a DoRA, which rescales the base's own weights, so its delta is not low-rank",
-            "Take its best low-rank fit with --approximate BASE, or train it again without use_dora.",
+            "Take its best low-rank fit with prefvec compose --approximate BASE, or train it again without use_dora.",
         )
     if config.get("bias") not in (None, "none") or config.get("lora_bias"):
         raise InputError(f"{folder} carries biases, which no low-rank delta holds", "Train it again with bias none.")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_prefvec.artifact.atomic import atomic_folder, check_target
+from lora_prefvec.artifact.atomic import atomic_folder, check_output
 from lora_prefvec.artifact.canonical import BLOCK, Grid, aligned, factors, grid
 from lora_prefvec.artifact.card import model_card
 from lora_prefvec.artifact.folder import WEIGHTS
@@ -82,7 +82,7 @@ def write_adapter(
     Raises:
         InputError: the target exists or cannot be written, the disk is full, or as `plan_adapter`.
     """
-    check_target(target, force)
+    check_output(target, force)
     layout = grid(vector, base or local_base(vector.identity))
     with atomic_folder(target, force) as work:
         _, error = _fill(work, vector, provenance, layout, dtype, {"recipe.yaml": recipe, "mix.yaml": mix})

@@ -46,10 +46,10 @@ def extract(
     \b
     prefvec extract runs/helpful/positive runs/helpful/negative --out adapters/helpful
     """
-    from lora_prefvec.artifact import check_target, extract_provenance, open_mix
+    from lora_prefvec.artifact import check_output, extract_provenance, open_mix
     from lora_prefvec.vector import extract as difference
 
-    check_target(out_, force)
+    check_output(out_, force)
     plus, minus = open_mix([(positive, 1.0), (negative, -1.0)], allow_mismatch=allow_mismatch)
     vector = difference(plus.adapter.vector, minus.adapter.vector)
     facts = extract_provenance(plus, minus, vector)
@@ -92,9 +92,9 @@ def compose(
     prefvec compose helpful=1,layers=8-20 'harmless=[0,1]' --out mixes/deep
     prefvec compose mixes/gentle/mix.yaml --out mixes/again
     """
-    from lora_prefvec.artifact import check_target, merge_mix, mix_file, mix_provenance, resolve_base, typed_mix
+    from lora_prefvec.artifact import check_output, merge_mix, mix_file, mix_provenance, resolve_base, typed_mix
 
-    check_target(out_, force)
+    check_output(out_, force)
     ingredients, file = typed_mix(
         refs,
         approximate_on=resolve_base(approximate) if approximate else None,
@@ -172,7 +172,7 @@ def protect(target: Path, sources: Sequence[Path]) -> None:
     """Refuse to replace a folder by something that is made from what lies in it."""
     place = target.expanduser().resolve()
     for source in sources:
-        if place in source.resolve().parents:
+        if place == source.resolve() or place in source.resolve().parents:
             raise InputError(f"replacing {target} would remove {source}, which is read", "Choose another --out.")
 
 

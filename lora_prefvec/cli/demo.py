@@ -19,10 +19,10 @@ def demo(out_: Path, force: bool, dry_run: bool, quick: bool) -> None:
     The model is an assistant of a closed world in which every score is exact. Vectors, the composed mix, results.json,
     control.png and front.png are written to --out.
     """
-    from lora_prefvec.artifact import check_target
+    from lora_prefvec.artifact import check_output
     from lora_prefvec.sandbox.demo import run_demo
 
-    check_target(out_, force)
+    check_output(out_, force)
     if dry_run:
         out.result({"out": str(out_), "trains": [] if quick else ["helpful", "harmless", "concise"]})
         return

@@ -72,11 +72,11 @@ def export(
     """
     import torch
 
-    from lora_prefvec.artifact import check_target, merge_mix, mix_provenance, typed_mix
+    from lora_prefvec.artifact import check_output, check_target, merge_mix, mix_provenance, typed_mix
 
     if each and form == "mlx":
         raise InputError("--each is for GGUF: MLX-LM takes one adapter at a time", "Leave --each out.")
-    check_target(out_, force)
+    (check_target if form == "gguf" and not each else check_output)(out_, force)
     ingredients, file = typed_mix(refs, allow_mismatch=allow_mismatch)
     protect(out_, [ingredient.adapter.path for ingredient in ingredients])
     wish = Wish(out_, getattr(torch, dtype or "float32"), base, allow_mismatch, force, dry_run)

@@ -58,8 +58,8 @@ def fold(
     import torch
 
     from lora_prefvec.artifact import (
+        check_output,
         check_same_base,
-        check_target,
         identity_of,
         merge_mix,
         mix_provenance,
@@ -70,7 +70,7 @@ def fold(
     from lora_prefvec.artifact import fold as fold_into
     from lora_prefvec.progress import progress
 
-    check_target(out_, force)
+    check_output(out_, force)
     folder = resolve_base(base)
     identity = identity_of(folder, base)
     ingredients, file = typed_mix(refs, allow_mismatch=allow_mismatch)

@@ -27,12 +27,12 @@ def train(recipe: str, out_: Path, force: bool, dry_run: bool, overrides: tuple[
 
     parsed = read_recipe(find_recipe(recipe), overrides)
     if dry_run:
-        from lora_prefvec.artifact import check_target, resolve_base
+        from lora_prefvec.artifact import check_output, resolve_base
         from lora_prefvec.inference.base import check_causal_lm
         from lora_prefvec.training.prepare import load_pairs
         from lora_prefvec.training.run import total_steps
 
-        check_target(out_, force)
+        check_output(out_, force)
         check_causal_lm(resolve_base(parsed.base.id, parsed.base.revision))
         pairs = load_pairs(parsed)
         rows = len(pairs.train) + len(pairs.anchors)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_prefvec.artifact import (
-    check_target,
+    check_output,
     compose,
     mix_file,
     mix_provenance,
@@ -57,7 +57,7 @@ def run_demo(folder: Path, *, quick: bool = False, force: bool = False) -> dict[
         InputError: `folder` exists, or matplotlib is missing.
     """
     started = time.monotonic()
-    if check_target(folder, force).exists():
+    if check_output(folder, force).exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     base = load_base(resolve_base("sandbox"))

@@ -65,14 +65,20 @@ def merged(parts: Sequence[Part], method: DenseMethod, module: str, *, density: 
     return whole
 
 
-def elect(pieces: Sequence[Tensor]) -> Tensor:
+def elect(pieces: Sequence[Tensor], rounding: float = 0.0) -> Tensor:
     """TIES' election and disjoint mean (Yadav et al. 2023, arXiv 2306.01708, section 3), entry by entry.
 
     gamma = sign(sum x_i); the result is the mean of those x_i that have the sign gamma, 0 where there is none.
+
+    Args:
+        rounding: part of sum |x_i| below which sum x_i counts as 0, for pieces that went through arithmetic and cancel
+            only up to its rounding.
     """
     total = pieces[0].clone()
     for piece in pieces[1:]:
         total += piece
+    if rounding:
+        total *= total.abs() > rounding * sum((piece.abs() for piece in pieces[1:]), pieces[0].abs())
     sign = total.sign_()
     merged, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for piece in pieces:

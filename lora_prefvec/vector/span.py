@@ -11,6 +11,8 @@ from torch import Tensor
 from lora_prefvec.vector.delta import Cut, LowRankDelta
 from lora_prefvec.vector.dense import Part, elect
 
+CANCELLED = 1e-10  # of the entries' sizes: below it their sum is rounding in float64
+
 
 def merge_in_span(parts: Sequence[Part], *, rank: int | None, energy: float | None, density: float) -> Cut:
     """The deltas of one module, merged inside bases that they share, so that the rank is exact by construction.
@@ -53,7 +55,7 @@ def merge_in_span(parts: Sequence[Part], *, rank: int | None, energy: float | No
     count = min(count, len(held))
 
     inside = [_largest(core, density) for core in seen[:, :count, :count]]
-    left, s, right = torch.linalg.svd(elect(inside), full_matrices=False)
+    left, s, right = torch.linalg.svd(elect(inside, rounding=CANCELLED), full_matrices=False)
     solid = max(int((s > torch.finfo(dtype).eps * len(held) * s[0]).sum()), 1)
     root = s[:solid].sqrt()
     A = (right[:solid].T * root).T @ (q_a @ v[:, :count]).T

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_prefvec.artifact import atomic, atomic_file, atomic_folder, check_target, read_adapter
+from lora_prefvec.artifact import atomic, atomic_file, atomic_folder, check_output, check_target, read_adapter
 from lora_prefvec.errors import InputError
 
 
@@ -212,3 +212,21 @@ def test_the_unfinished_write_of_a_living_process_is_left_alone(tmp_path: Path) 
     assert other.is_dir()
     with pytest.raises(InputError, match="unfinished"):
         check_target(other)
+
+
+def test_force_replaces_an_output_and_nothing_that_somebody_needs(tmp_path: Path) -> None:
+    empty, mine, model, file = (tmp_path / name for name in ("empty", "mine", "model", "thesis.txt"))
+    empty.mkdir()
+    (mine / "src").mkdir(parents=True)
+    (mine / "src" / "thesis.txt").write_text("x")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    file.write_text("x")
+    assert check_output(tmp_path / "new") == (tmp_path / "new").resolve()
+    assert [check_output(place, force=True) for place in (empty, model)] == [empty.resolve(), model.resolve()]
+    with pytest.raises(InputError, match="none that tells of an adapter or a model"):
+        check_output(mine, force=True)
+    with pytest.raises(InputError, match="is a file, and a folder is to be written"):
+        check_output(file, force=True)
+    with pytest.raises(InputError, match="exists"):
+        check_output(model)

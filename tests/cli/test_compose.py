@@ -133,8 +133,9 @@ def test_another_base_or_template_needs_the_flag() -> None:
 def test_force_replaces_but_never_what_is_read(place: Path) -> None:
     run(compose, "helpful=2", "--out", "harmless", "--force")
     assert_same(read_adapter("harmless").vector, small_vector(2, 0) * 2, 1e-5)
-    (place / "run").mkdir()
+    write("run", 5)
     (place / "plus").rename(place / "run" / "positive")
+    assert "would remove" in refused(compose, "helpful=0.5", "--out", "helpful", "--force")
     assert "would remove" in refused(extract, "run/positive", "minus", "--out", "run", "--force")
     assert (place / "run" / "positive").is_dir()
 

@@ -89,9 +89,7 @@ def test_interference_shows_the_layer_where_vectors_oppose() -> None:
 
 
 def test_module_cosines_are_those_of_the_deltas_alone() -> None:
-    left, right = (
-        PreferenceVector({"a": random_delta(seed), "b": random_delta(seed + 1, rank=2)}) for seed in (0, 4)
-    )
+    left, right = (PreferenceVector({"a": random_delta(seed), "b": random_delta(seed + 1, rank=2)}) for seed in (0, 4))
     cosines = module_cosines([left, right])
     for name in ("a", "b"):
         alone = [PreferenceVector({name: vector.deltas[name]}) for vector in (left, right)]

@@ -363,3 +363,10 @@ def test_cuda_gives_what_the_cpu_gives(method: Method) -> None:
     torch.testing.assert_close(
         there.vector.spectrum()["m"].cpu(), here.vector.spectrum()["m"], rtol=1e-3, atol=1e-3 * float(expected.norm())
     )
+
+
+def test_what_cancels_leaves_nothing_in_the_shared_span() -> None:
+    v = PreferenceVector({"a": LowRankDelta(torch.randn(3, 7), torch.randn(9, 3))})
+    for density in (0.5, 1.0):
+        merged = merge([(1.0, v), (-1.0, v)], "span", rank=2, density=density)
+        assert merged.vector.norm() <= 1e-6 * v.norm()

@@ -18,6 +18,7 @@ from lora_prefvec.artifact import (
     atomic_file,
     atomic_folder,
     base_identity,
+    check_output,
     check_target,
     fill_adapter,
     read_adapter,
@@ -70,7 +71,7 @@ def train(
     """
     if resume and not force and (complete := completed(check_target(out, force=True), recipe)):
         return complete
-    target = check_target(out, force)
+    target = check_output(out, force)
     work = claim_work(target, recipe, resume=resume, force=force)
     pairs = load_pairs(recipe)
     check_data(work, pairs)
