@@ -175,8 +175,8 @@ def export_each(ingredients: Sequence[Ingredient], wish: Wish) -> None:
         text=f"{done}\n{server}\n{json.dumps(request)[1:-1]}",
     )
     out.note(
-        "The second line starts the server, the third goes into the body of every request, with all ids: an id that is "
-        'left out counts as 0, and no "lora" at all as the scales of the start.'
+        'llama-server starts so, and "lora" and "cache_prompt" go into the body of every request, with all ids: an id '
+        'that is left out counts as 0, and no "lora" at all as the scales of the start.'
     )
 
 
