@@ -9,11 +9,9 @@ from lora_prefvec.artifact.export_mlx import MlxPlan, plan_mlx, write_mlx
 from lora_prefvec.artifact.fold import FoldPlan, fold, plan_fold
 from lora_prefvec.artifact.folder import Adapter, read_adapter
 from lora_prefvec.artifact.identity import base_identity, identity_of
+from lora_prefvec.artifact.mix_yaml import Dtype, MixFile, MixSettings, read_mix_file
 from lora_prefvec.artifact.mixing import (
-    Dtype,
     Ingredient,
-    MixFile,
-    MixSettings,
     check_same_base,
     compose,
     extract_provenance,
@@ -21,7 +19,6 @@ from lora_prefvec.artifact.mixing import (
     mix_file,
     mix_provenance,
     open_mix,
-    read_mix_file,
     reopen_mix,
     typed_mix,
 )

@@ -1,20 +1,17 @@
-"""From references with coefficients to a mix, its provenance, and the `mix.yaml` that makes it again."""
+"""From references with coefficients to a mix and its provenance."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing import Literal
 
 from lora_prefvec.artifact.approximate import approximate
 from lora_prefvec.artifact.folder import Adapter, read_adapter
+from lora_prefvec.artifact.mix_yaml import Dtype, MixFile, MixSettings, MixVector, beside, read_mix_file, relative
 from lora_prefvec.artifact.peft_config import FILE as CONFIG
-from lora_prefvec.artifact.provenance import Parent, Provenance, first_complaint, read_json
+from lora_prefvec.artifact.provenance import Parent, Provenance, read_json
 from lora_prefvec.artifact.reference import commit_of, is_adapter, public_name, resolve_adapter, resolve_base
 from lora_prefvec.artifact.workers import workers
 from lora_prefvec.errors import InputError
@@ -23,17 +20,14 @@ from lora_prefvec.vector import (
     Coefficient,
     Filter,
     Merged,
-    Method,
     Mix,
     MixEntry,
     MixTerm,
     PreferenceVector,
-    parse_layers,
     parse_term,
     written_layers,
 )
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 _OVERRIDE = "Use vectors of one base, or go on at your own risk with --allow-mismatch."
 
 
@@ -66,103 +60,6 @@ class Ingredient:
             filter=str(self.filter) or None,
             revision=commit_of(self.adapter.path),
         )
-
-
-_Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class MixVector(BaseModel):
-    """One vector of `mix.yaml`: its coefficient, or a gradient over the layers, and the part of it that counts.
-
-    `vector` is a name, a Hub id, or a folder relative to the file (it begins with a dot).
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    vector: str
-    coefficient: _Number | Annotated[list[_Number], Field(min_length=1)] = 1.0
-    layers: str | None = None
-    modules: list[str] | None = None
-    revision: str | None = None
-    sha256: str | None = None
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _a_range(cls, layers: Any) -> Any:
-        try:
-            return None if layers is None else written_layers(parse_layers(layers))
-        except InputError as error:
-            raise ValueError(str(error)) from None
-
-    @property
-    def filter(self) -> Filter:
-        """`layers` and `modules` as a filter."""
-        return Filter(parse_layers(self.layers) if self.layers else None, tuple(self.modules or ()))
-
-
-class MixSettings(BaseModel):
-    """How the vectors of a mix become one; the numbers are those of `lora_prefvec.vector.merge`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: Method = "exact"
-    rank: Annotated[int, Field(ge=1)] | None = None
-    energy: Annotated[float, Field(gt=0, le=1)] | None = None
-    density: Annotated[float, Field(gt=0, le=1)] = 0.5
-    seed: Annotated[int, Field(ge=0)] = 0
-    normalize: bool = False
-
-    @model_validator(mode="after")
-    def _one_cut(self) -> MixSettings:
-        if self.rank is not None and self.energy is not None:
-            raise ValueError("a mix is cut either to a rank or to an energy")
-        return self
-
-
-class MixFile(MixSettings):
-    """`mix.yaml`: all that `prefvec compose` needs to make a mix again.
-
-    `approximate` names the base against which DoRAs among the vectors are fitted.
-    """
-
-    base: str | None = None
-    revision: str | None = None
-    approximate: str | None = None
-    dtype: Dtype = "float32"
-    vectors: Annotated[list[MixVector], Field(min_length=1)]
-
-    def to_yaml(self) -> str:
-        """The text of `mix.yaml`."""
-        head = "# Makes this folder again: prefvec compose mix.yaml --out DIR\n"
-        facts = self.model_dump(exclude_none=True)
-        asked = self.settings.model_dump(exclude_defaults=True)
-        order = ["base", "revision", "approximate", "method", *asked, "dtype", "vectors"]
-        return head + yaml.safe_dump(
-            {key: facts[key] for key in dict.fromkeys(order) if key in facts}, sort_keys=False, allow_unicode=True
-        )
-
-    @property
-    def settings(self) -> MixSettings:
-        """How its vectors become one, without which they are."""
-        return MixSettings(**{key: getattr(self, key) for key in MixSettings.model_fields})
-
-
-def read_mix_file(path: str | Path) -> MixFile:
-    """The mix that a YAML file describes.
-
-    Raises:
-        InputError: the file is missing, no YAML, or has an unknown or wrong field.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", "Give a mix.yaml.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())[:200]}", "Mend the file.") from None
-    try:
-        return MixFile.model_validate(content)
-    except ValidationError as error:
-        raise InputError(f"{path} describes no mix: {first_complaint(error)}", "Mend the file.") from None
 
 
 def open_mix(
@@ -215,9 +112,9 @@ def reopen_mix(path: str | Path, *, allow_mismatch: bool = False) -> list[Ingred
     file, references = read_mix_file(path), []
     entries, base = file.vectors, None
     if file.approximate:
-        base = resolve_base(_beside(path, file.approximate))
+        base = resolve_base(beside(path, file.approximate))
     for entry in entries:
-        ref = _beside(path, entry.vector)
+        ref = beside(path, entry.vector)
         if entry.revision and ref == entry.vector and "@" not in ref:
             ref = f"{ref}@{entry.revision}"
         coefficient = tuple(entry.coefficient) if isinstance(entry.coefficient, list) else entry.coefficient
@@ -307,7 +204,7 @@ def mix_file(
     for ingredient in ingredients:
         ref = ingredient.ref
         if is_adapter(Path(ref).expanduser()):
-            ref = _relative(ref, target)
+            ref = relative(ref, target)
         coefficient, part = ingredient.coefficient, ingredient.filter
         vectors.append(
             MixVector(
@@ -321,7 +218,7 @@ def mix_file(
         )
     base = vector.identity
     if fitted_on and Path(fitted_on).expanduser().is_dir():
-        fitted_on = _relative(fitted_on, target)
+        fitted_on = relative(fitted_on, target)
     return MixFile(
         base=base.id if base else None,
         revision=base.revision if base else None,
@@ -395,17 +292,6 @@ def _read(ref: str, base: Path | None, rank: int | None, check_hash: bool) -> tu
         return read_adapter(folder, check_hash=check_hash), None
     fitted = approximate(folder, base, rank, check_hash=check_hash)
     return fitted.adapter, fitted.error
-
-
-def _relative(ref: str, target: Path) -> str:
-    """A local folder as `mix.yaml` in `target` names it: by a path that begins with a dot."""
-    path = os.path.relpath(Path(ref).expanduser().resolve(), target.resolve())
-    return path if path.startswith(".") else f"./{path}"
-
-
-def _beside(file: str | Path, ref: str) -> str:
-    """What `_relative` wrote, from where we stand; any other reference as it is."""
-    return os.path.normpath(Path(file).parent / ref) if ref.startswith(".") else ref
 
 
 def _of_base(adapter: Adapter, identity: BaseIdentity | None) -> Adapter:
