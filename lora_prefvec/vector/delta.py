@@ -15,6 +15,7 @@ from lora_prefvec.vector.checks import check_cut, check_energy, check_rank, fini
 ROUNDING = 1e-14  # of the sum of the terms' norms: below this a direction of the sum is rounding in float64
 CANCELLED = 2.0**-23  # of the terms' norms: factors in float32 cannot tell what is below from zero
 WELL_APART = 0.01  # sine of the angle between a factor's column and those before it
+REMEMBERED = 128  # largest rank whose Gram matrices are kept: 256 kB
 
 
 class Term(NamedTuple):
@@ -56,12 +57,13 @@ class LowRankDelta:
                     "The adapter is damaged or its training diverged: use another one.",
                 )
         self._terms: tuple[Term, ...] = (Term(1.0, A, B),)
+        self._grams: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, terms: Iterable[Term]) -> LowRankDelta:
         """The sum of terms of one shape whose factors were checked before."""
         delta = cls.__new__(cls)
-        delta._terms = tuple(terms)
+        delta._terms, delta._grams = tuple(terms), None
         return delta
 
     @property
@@ -130,15 +132,28 @@ class LowRankDelta:
 
         <B1 A1, B2 A2> = sum of (B1^T B2) * (A1 A2^T), elementwise: work and memory of r1 x r2.
         """
-        same_shape(self, other)
+        if other is self:
+            across_A, across_B = self.grams()
+        else:
+            same_shape(self, other)
+            across_A = self.A.double() @ other.A.double().T
+            across_B = self.B.double().T @ other.B.double()
+        return float((across_A * across_B).sum())
+
+    def grams(self) -> tuple[Tensor, Tensor]:
+        """A A^T and B^T B, each [r, r] in float64; norm and spectrum are made of them."""
+        if self._grams is not None:
+            return self._grams
         A, B = self.A.double(), self.B.double()
-        other_A, other_B = (A, B) if other is self else (other.A.double(), other.B.double())
-        return float(((B.T @ other_B) * (A @ other_A.T)).sum())
+        grams = A @ A.T, B.T @ B
+        if self.rank <= REMEMBERED:
+            self._grams = grams
+        return grams
 
     def norm(self) -> float:
         """Frobenius norm of the dense delta; 0.0 where its terms cancel but for their rounding in float32."""
-        A, B = self.A.double(), self.B.double()
-        products = (B.T @ B) * (A @ A.T)
+        gram_A, gram_B = self.grams()
+        products = gram_A * gram_B
         squared = float(products.sum())
         return math.sqrt(squared) if squared > CANCELLED**2 * float(products.abs().sum()) else 0.0
 
@@ -157,8 +172,14 @@ class LowRankDelta:
 
     def spectrum(self) -> Tensor:
         """Singular values of the dense delta, largest first: [min(r, in, out)], float64."""
-        values: Tensor = torch.linalg.svdvals(_triangle(self.B.double()) @ _triangle(self.A.double().T).T)
+        r_a, r_b = self._triangles()
+        values: Tensor = torch.linalg.svdvals(r_b @ r_a.T)
         return values
+
+    def _triangles(self) -> tuple[Tensor, Tensor]:
+        """R of the QR decompositions of A^T and of B."""
+        gram_A, gram_B = self.grams()
+        return _triangle(self.A.T, gram_A), _triangle(self.B, gram_B)
 
     def energy(self, rank: int) -> float:
         """The part of the squared norm that the best approximation of that rank keeps; 1.0 for a delta of zeros."""
@@ -194,7 +215,7 @@ class LowRankDelta:
         """
         check_cut(rank, energy)
         A, B = self.A.double(), self.B.double()
-        r_a, r_b = _triangle(A.T), _triangle(B)
+        r_a, r_b = self._triangles()
         u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         squares = s.square()
         norm2 = float(squares.sum())
@@ -236,19 +257,18 @@ class Cut(NamedTuple):
     kept: float
 
 
-def _triangle(matrix: Tensor) -> Tensor:
-    """R of the QR decomposition of a tall float64 matrix [n, r]: [min(n, r), r].
+def _triangle(matrix: Tensor, product: Tensor) -> Tensor:
+    """R of the QR decomposition of a tall matrix [n, r] with its Gram matrix: [min(n, r), r], float64.
 
     The Cholesky factor of the Gram matrix is the same R four times sooner, but squares the condition number: it serves
     where every column stands off from those before it, and not where factors cancel, as those of d+ - d- do.
     """
-    product = matrix.T @ matrix
     triangle: Tensor
     triangle, failed = torch.linalg.cholesky_ex(product, upper=True)
     apart = triangle.diagonal().square() > WELL_APART**2 * product.diagonal()
     if not failed and apart.all():
         return triangle
-    triangle = torch.linalg.qr(matrix, mode="r").R
+    triangle = torch.linalg.qr(matrix.double(), mode="r").R
     return triangle
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_prefvec.errors import InputError
 from lora_prefvec.vector.checks import check_cut, check_rank, finite
-from lora_prefvec.vector.delta import LowRankDelta, combine, gram, kept, smallest_rank
+from lora_prefvec.vector.delta import LowRankDelta, combine, kept, smallest_rank
 from lora_prefvec.vector.identity import BaseIdentity
 
 if TYPE_CHECKING:
@@ -67,11 +67,8 @@ class PreferenceVector:
 
     def cosine(self, other: PreferenceVector) -> float:
         """Cosine of the angle between two vectors, of their dense deltas; 0.0 where one of them is zero."""
-        common_identity([self.identity, other.identity])
-        grams = [gram([left, right]) for _, left, right in _pairs(self, other)]
-        inner, mine, theirs = (math.fsum(float(one[i, j]) for one in grams) for i, j in ((0, 1), (0, 0), (1, 1)))
-        mine += math.fsum(delta.inner(delta) for name, delta in self.deltas.items() if name not in other.deltas)
-        theirs += math.fsum(delta.inner(delta) for name, delta in other.deltas.items() if name not in self.deltas)
+        inner = self @ other
+        mine, theirs = (math.fsum(one.inner(one) for one in vector.deltas.values()) for vector in (self, other))
         norms = math.sqrt(max(mine, 0.0)) * math.sqrt(max(theirs, 0.0))
         return max(-1.0, min(1.0, inner / norms)) if norms > 0 else 0.0
 

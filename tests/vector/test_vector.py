@@ -131,6 +131,16 @@ def test_a_sum_copies_nothing_until_its_factors_are_asked_for() -> None:
     assert total.A is total.A  # joined once
 
 
+def test_what_is_remembered_of_a_delta_is_not_taken_for_another_one() -> None:
+    delta = LowRankDelta(torch.randn(3, 5), torch.randn(4, 3))
+    norm, values = delta.norm(), delta.spectrum()
+    assert delta.grams()[0] is delta.grams()[0]
+    for other in (delta * 2, delta + delta, (delta - delta) + delta * 2):
+        assert other.norm() == pytest.approx(2 * norm)
+        torch.testing.assert_close(other.spectrum()[:3], 2 * values)
+    assert delta.norm() == norm
+
+
 def test_a_coefficient_that_overflows_is_told() -> None:
     with pytest.raises(InputError, match="infinite"):
         _ = (LowRankDelta(torch.ones(1, 2), torch.full((2, 1), 1e30)) * 1e30).B
