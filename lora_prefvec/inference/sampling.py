@@ -110,8 +110,9 @@ def choose(
     close = best[:, 0] - best[:, 1] <= 2 * noise
     sampled = [row for row, sampling in enumerate(samplings) if not sampling.greedy]
     if sampled:
-        drawn = _sample(logits[sampled], [samplings[row] for row in sampled], [numbers[row] for row in sampled], noise)
-        tokens[sampled], close[sampled] = drawn
+        rows = _places(sampled, len(samplings))
+        drawn = _sample(logits[rows], [samplings[row] for row in sampled], [numbers[row] for row in sampled], noise)
+        tokens[rows], close[rows] = drawn
     return tokens.tolist(), close.tolist()
 
 
@@ -129,7 +130,8 @@ def _sample(
     close = torch.zeros_like(slack, dtype=torch.bool)
     cut = [row for row, sampling in enumerate(samplings) if sampling.top_p < 1 or sampling.top_k]
     if cut:
-        weights[cut], close[cut] = _without_tail(weights[cut], [samplings[row] for row in cut], slack[cut])
+        rows = _places(cut, len(samplings))
+        weights[rows], close[rows] = _without_tail(weights[rows], [samplings[row] for row in cut], slack[rows])
     mass = weights.double().cumsum(-1)
     total = mass[:, -1:]
     drawn = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None] * total
@@ -165,6 +167,11 @@ def _without_tail(weights: Tensor, samplings: Sequence[Sampling], slack: Tensor)
     )
     kept = ordered.masked_fill(~inside, 0.0)
     return weights.scatter(-1, order, kept), swapped | (moved & (top_p < 1))
+
+
+def _places(rows: list[int], count: int) -> list[int] | slice:
+    """An index of these rows among so many; all of them need no copy."""
+    return rows if len(rows) < count else slice(None)
 
 
 def _log_odds(part: Tensor, total: Tensor) -> Tensor:
