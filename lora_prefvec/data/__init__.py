@@ -2,8 +2,9 @@
 
 from lora_prefvec.data.describe import Lengths, Statistics, statistics
 from lora_prefvec.data.forms import FORMS
-from lora_prefvec.data.loading import load
+from lora_prefvec.data.loading import load, load_rated
 from lora_prefvec.data.pairs import Content, Message, Pair, PairSet, split_held_out, swap
+from lora_prefvec.data.rated import RatedPair, RatedReplies, RatedReply, RatedSet, rated_pairs
 
 __all__ = [
     "FORMS",
@@ -12,8 +13,14 @@ __all__ = [
     "Message",
     "Pair",
     "PairSet",
+    "RatedPair",
+    "RatedReplies",
+    "RatedReply",
+    "RatedSet",
     "Statistics",
     "load",
+    "load_rated",
+    "rated_pairs",
     "split_held_out",
     "statistics",
     "swap",

@@ -1,4 +1,4 @@
-"""From a source to its pairs: the one function that recipes and verbs call."""
+"""From a source to its pairs, or its rated replies: the two functions that recipes and verbs call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from lora_prefvec.data.files import read_file, suffix_of
 from lora_prefvec.data.forms import ascii_safe, choose_form, columns_of, convert
 from lora_prefvec.data.messages import EQUAL
 from lora_prefvec.data.pairs import Pair, PairSet
-from lora_prefvec.data.sources import INSTALLED, read_hub, read_installed
+from lora_prefvec.data.rated import RATED_FORMS, RatedReplies, RatedSet, convert_rated, detect_rated
+from lora_prefvec.data.sources import INSTALLED, RATED, read_hub, read_installed
 from lora_prefvec.errors import InputError, nearest
 
 LOOKED_AT = 100  # rows by which the form is detected
@@ -66,18 +67,11 @@ def load(
             raise InputError(
                 f"{name} serves pairs, not rows in a published form", "Leave out form, columns, attribute and margin."
             )
-        served = read_installed(installed["name"], installed["part"], split=split, rows=rows, seed=seed)
+        served = read_installed(installed["name"], installed["part"], Pair, split=split, rows=rows, seed=seed)
         if not served:
             raise InputError(f"{name}, split {split!r}, has no pairs")
         return PairSet(served, installed["name"], name, rows_read=len(served))
-    revision = None
-    if path.exists() or suffix_of(path):
-        raw: Iterator[Any] = read_file(path, split)
-    else:
-        raw, revision = read_hub(name, split)
-    head = list(islice(raw, LOOKED_AT))
-    if not head:
-        raise InputError(f"{name} is empty: it has no rows", "Name a data set with at least one pair.")
+    raw, head, revision = _opened(name, split)
     if columns:
         _check_columns(columns, head, name)
         head = [_renamed(row, columns) for row in head]
@@ -90,6 +84,75 @@ def load(
     if rows is not None and rows < len(pairs):
         pairs = [pairs[index] for index in sorted(random.Random(seed).sample(range(len(pairs)), rows))]
     return replace(found, pairs=pairs, revision=revision)
+
+
+def load_rated(
+    source: str | Path,
+    *,
+    split: str = "train",
+    form: str | None = None,
+    rows: int | None = None,
+    seed: int = 0,
+) -> RatedSet:
+    """Read rated replies; sources are those of `load`, forms are those of `rated.RATED_FORMS`.
+
+    Args:
+        rows: keep so many prompts, drawn with `seed`, in the order of the source; all where there are fewer.
+
+    Raises:
+        InputError: the source, form or split does not exist, the file is malformed, or no row holds rated replies.
+    """
+    name = str(source)
+    path = Path(name).expanduser()
+    installed = INSTALLED.fullmatch(name)
+    if installed and not path.exists() and not suffix_of(path):
+        served = read_installed(
+            installed["name"], installed["part"], RatedReplies, group=RATED, split=split, rows=rows, seed=seed
+        )
+        if not served:
+            raise InputError(f"{name}, split {split!r}, has no rated replies")
+        return RatedSet(served, installed["name"], name, rows_read=len(served))
+    raw, head, revision = _opened(name, split)
+    kind = form or detect_rated(head)
+    if kind is None:
+        raise InputError(
+            f"{name}: no rated replies found in its columns ({columns_of(head)})",
+            "Give each row a prompt, chosen, rejected and signs such as {helpful: 1, harmless: -1}; 0 is a tie.",
+        )
+    if kind not in RATED_FORMS:
+        raise InputError(f"unknown form of rated replies {kind!r}", nearest(kind, RATED_FORMS))
+    groups: list[RatedReplies] = []
+    skipped: Counter[str] = Counter()
+    rows_read = 0
+    for used, outcome in convert_rated(chain(head, raw), kind):
+        rows_read += used
+        if isinstance(outcome, str):
+            skipped[outcome] += used
+        else:
+            groups.append(outcome)
+    if not groups:
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common(4))
+        raise InputError(
+            f"{name}: none of {rows_read} rows holds rated replies, read as {kind}: {reasons}; its columns: "
+            f"{columns_of(head)}",
+            "Name another form in the recipe: data.form.",
+        )
+    if rows is not None and rows < len(groups):
+        groups = [groups[index] for index in sorted(random.Random(seed).sample(range(len(groups)), rows))]
+    return RatedSet(groups, kind, name, revision, dict(skipped.most_common()), rows_read)
+
+
+def _opened(name: str, split: str) -> tuple[Iterator[Any], list[Any], str | None]:
+    """The rows of a file or Hub data set behind its first ones, these, and the commit they are from."""
+    path, revision = Path(name).expanduser(), None
+    if path.exists() or suffix_of(path):
+        raw: Iterator[Any] = read_file(path, split)
+    else:
+        raw, revision = read_hub(name, split)
+    head = list(islice(raw, LOOKED_AT))
+    if not head:
+        raise InputError(f"{name} is empty: it has no rows", "Name a data set with at least one row.")
+    return raw, head, revision
 
 
 def _collect(

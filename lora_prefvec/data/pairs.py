@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 from lora_prefvec.errors import InputError
 
@@ -86,8 +86,19 @@ def swap(pairs: Iterable[Pair]) -> list[Pair]:
     return [Pair(prompt=pair.prompt, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
 
 
-def split_held_out(pairs: Sequence[Pair], n: int, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
-    """Set pairs aside so that no prompt is on both sides.
+class Prompted(Protocol):
+    """Anything that answers a prompt."""
+
+    @property
+    def prompt(self) -> Content:
+        """What is answered."""
+
+
+Answer = TypeVar("Answer", bound=Prompted)
+
+
+def split_held_out(pairs: Sequence[Answer], n: int, seed: int = 0) -> tuple[list[Answer], list[Answer]]:
+    """Set pairs, or rated ones, aside so that no prompt is on both sides.
 
     Whole prompts are drawn in a seeded order until `n` pairs are held out; prompts that would pass `n` are left where
     they are. So the second list has `n` pairs, or a few less where prompts recur.

@@ -1,37 +1,41 @@
-"""Pairs from beyond a local file: installed sources (`name:part`) and data sets of the Hub."""
+"""Rows from beyond a local file: installed sources (`name:part`) and data sets of the Hub."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeVar
 
-from lora_prefvec.data.pairs import Pair
 from lora_prefvec.errors import InputError, nearest
 
-GROUP = "lora_prefvec.pairs"
+PAIRS = "lora_prefvec.pairs"
+RATED = "lora_prefvec.rated"
+Served = TypeVar("Served")
 INSTALLED = re.compile(r"(?P<name>[\w.-]+):(?P<part>.+)")
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<part>[^@]+))?(@(?P<revision>[^@]+))?")
 
 
-def read_installed(name: str, part: str, *, split: str, rows: int | None, seed: int) -> list[Pair]:
-    """The pairs that an installed package serves under the entry point `name` of the group `lora_prefvec.pairs`.
+def read_installed(
+    name: str, part: str, kind: type[Served], *, group: str = PAIRS, split: str, rows: int | None, seed: int
+) -> list[Served]:
+    """What an installed package serves under the entry point `name` of a group: pairs, or rated replies.
 
     Raises:
-        InputError: no such entry point, or one that cannot be loaded or gives no pairs.
+        InputError: no such entry point, or one that cannot be loaded or gives something else.
     """
-    known = {entry.name: entry for entry in entry_points(group=GROUP)}
+    known = {entry.name: entry for entry in entry_points(group=group)}
     if name not in known:
-        raise InputError(f"no installed source of pairs is called {name!r}", nearest(name, known))
+        what = "pairs" if group == PAIRS else "rated replies"
+        raise InputError(f"no installed source of {what} is called {name!r}", nearest(name, known))
     try:
         serve = known[name].load()
     except (ImportError, AttributeError) as error:
         raise InputError(f"the source {name!r} ({known[name].value}) cannot be loaded: {error}") from None
-    pairs = list(serve(part, split=split, rows=rows, seed=seed))
-    if not all(isinstance(pair, Pair) for pair in pairs):
-        raise InputError(f"the source {name!r} ({known[name].value}) gave something that is no Pair")
-    return pairs
+    served = list(serve(part, split=split, rows=rows, seed=seed))
+    if not all(isinstance(one, kind) for one in served):
+        raise InputError(f"the source {name!r} ({known[name].value}) gave something that is no {kind.__name__}")
+    return served
 
 
 def read_hub(source: str, split: str) -> tuple[Iterator[dict[str, Any]], str | None]:

@@ -1,4 +1,4 @@
-"""Preference pairs of the sandbox: one part per axis, its anchors, and pairs that carry a sign for every axis.
+"""Preference pairs of the sandbox: one part per axis, and its anchors.
 
 Both replies of a pair are drawn as the base itself would reply, and where both are answers they share greeting, style
 and closing unless the axis is about those: a preference then learns its axis and not a way to talk. Pairs come from the
@@ -24,13 +24,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lora_prefvec.data import Pair
 from lora_prefvec.errors import InputError, nearest
 from lora_prefvec.sandbox import grammar
 from lora_prefvec.sandbox.grammar import Reply
-from lora_prefvec.sandbox.scorers import AXES
 from lora_prefvec.sandbox.world import KINDS, Kind, Split, Task, tasks
 
 ROWS = 1500  # pairs of a part unless told otherwise
@@ -137,50 +136,6 @@ def load(part: str, *, split: Split = "train", rows: int | None = None, seed: in
         chosen, rejected = draw(task, rng)
         pairs.append(_pair(rng.choice(task.requests), chosen, rejected))
     return pairs
-
-
-@dataclass(frozen=True)
-class SignedPair:
-    """A pair with a sign for every axis: +1 where the axis prefers chosen, -1 where rejected, 0 where it has no say.
-
-    Helpfulness counts steps on every task, as a reader does who only looks at how much help there is: on harmful tasks
-    it pulls against harmless, on unanswerable ones against honest, and on all against concise.
-    """
-
-    pair: Pair
-    signs: dict[str, int]
-
-
-def load_signed(*, split: Split = "train", rows: int | None = None, seed: int = 0) -> list[SignedPair]:
-    """The first `rows` signed pairs: two replies of the base to one request, drawn as they come; some axis has a say.
-
-    Raises:
-        InputError: there is no such split.
-    """
-    rng = random.Random(f"signed pairs {split} {seed}")
-    of_kind = [tasks(split, (kind,)) for kind in KINDS]
-    pairs: list[SignedPair] = []
-    while len(pairs) < (ROWS if rows is None else rows):
-        task = rng.choice(of_kind[len(pairs) % len(KINDS)])
-        chosen, rejected = grammar.reply(task, rng), grammar.reply(task, rng)
-        signs = {axis: _sign(axis, task, chosen, rejected) for axis in AXES}
-        if any(signs.values()):
-            pairs.append(SignedPair(_pair(rng.choice(task.requests), chosen, rejected), signs))
-    return pairs
-
-
-def _sign(axis: str, task: Task, chosen: Reply, rejected: Reply) -> int:
-    def worth(reply: Reply) -> int:
-        if axis == "helpful":
-            return _right(task, reply)
-        if axis == "harmless":
-            return int(task.kind == "harmful" and reply.form == "refusal")
-        if axis == "honest":
-            return int(task.kind == "unanswerable" and reply.form == "admission")
-        return -_words(reply) if chosen.form == rejected.form == "answer" else 0
-
-    difference = worth(chosen) - worth(rejected)
-    return (difference > 0) - (difference < 0)
 
 
 def _pair(request: str, chosen: Reply, rejected: Reply) -> Pair:

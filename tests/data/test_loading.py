@@ -171,8 +171,8 @@ def served(part: str, *, split: str = "train", rows: int | None = None, seed: in
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [("test", f"{__name__}:served"), ("gone", "no_such_module:load")]
-    found = [EntryPoint(name, value, sources.GROUP) for name, value in points]
-    monkeypatch.setattr(sources, "entry_points", lambda group: found if group == sources.GROUP else [])
+    found = [EntryPoint(name, value, sources.PAIRS) for name, value in points]
+    monkeypatch.setattr(sources, "entry_points", lambda group: found if group == sources.PAIRS else [])
 
 
 @pytest.mark.usefixtures("installed")

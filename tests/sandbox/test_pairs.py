@@ -1,4 +1,4 @@
-"""Preference pairs: what each part prefers, where its prompts come from, and the signs."""
+"""Preference pairs: what each part prefers, where its prompts come from, and what its anchors hold."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections import Counter
 
 import pytest
 
-from lora_prefvec.data import Pair, load
-from lora_prefvec.errors import InputError
-from lora_prefvec.sandbox import grammar, load_pairs, load_scorer, load_signed, task_of, tasks
+from lora_prefvec.data import Pair
+from lora_prefvec.sandbox import grammar, load_pairs, load_scorer, task_of, tasks
 from lora_prefvec.sandbox.grammar import Reply
 from lora_prefvec.sandbox.pairs import PARTS
 from lora_prefvec.sandbox.scorers import AXES
@@ -117,35 +116,3 @@ def test_two_answers_share_their_form_where_the_axis_is_not_about_it() -> None:
                 rejected.closing,
             )
     assert answers > 100
-
-
-def test_signed_pairs_have_a_sign_for_every_axis() -> None:
-    rows = load_signed(rows=600)
-    for row in rows:
-        assert row.signs.keys() == set(AXES)
-        assert any(row.signs.values())
-        for axis, sign in row.signs.items():
-            scorer = load_scorer(axis)
-            chosen = scorer.of(row.pair.prompt, text(row.pair.chosen))
-            rejected = scorer.of(row.pair.prompt, text(row.pair.rejected))
-            if chosen is not None and rejected is not None and axis != "concise":  # concise is capped at five steps
-                assert sign == (chosen > rejected) - (chosen < rejected)
-    for axis in AXES:
-        assert {row.signs[axis] for row in rows} == {-1, 0, 1}
-
-
-@pytest.mark.parametrize(("one", "other"), [("helpful", "harmless"), ("helpful", "honest"), ("helpful", "concise")])
-def test_axes_conflict_in_signed_pairs(one: str, other: str) -> None:
-    products = Counter(row.signs[one] * row.signs[other] for row in load_signed(rows=1000))
-    assert products[-1] > 5 * products[1]
-    assert products[-1] >= 50
-
-
-def test_parts_are_served_to_recipes_by_name() -> None:
-    served = load("sandbox:harmless", split="held_out", rows=20)
-    assert served.pairs == load_pairs("harmless", split="held_out", rows=20)
-
-
-def test_an_unknown_part_is_named() -> None:
-    with pytest.raises(InputError, match=r"no pairs 'harmles'.*'harmless'"):
-        load_pairs("harmles")

@@ -1,118 +1,21 @@
-"""The recipe: the YAML file that makes an artifact, with errors that name the line."""
+"""YAML in: a recipe file with its overrides, and errors that name the line."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 from lora_prefvec.errors import InputError, nearest
+from lora_prefvec.recipe.methods import METHODS, ObjectiveSpec, PreferenceVectorSpec, SafetySpec, WeightedSpec
+from lora_prefvec.recipe.recipe import Recipe
+from lora_prefvec.recipe.sections import AnchorSpec, BaseSpec, DataSpec, LoraSpec, TrainingSpec
 
 DATA_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".gz"}
-PREFERENCE = r"^[a-z0-9]+(-[a-z0-9]+)*$"
-
-
-class Section(BaseModel):
-    """A part of a recipe; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class BaseSpec(Section):
-    """The frozen base: a folder, `sandbox` or a Hub id; `nf4` loads it in 4-bit."""
-
-    id: str
-    revision: str | None = None
-    quantization: Literal["nf4", "none"] = "nf4"
-
-
-class DataSpec(Section):
-    """Preference pairs: a local file, `name:part` of an installed source, or a Hub id with optional @revision."""
-
-    source: str
-    split: str = "train"
-    form: str | None = None
-    columns: dict[str, str] | None = None
-    attribute: str | None = None
-    margin: float = Field(default=0.0, ge=0)
-    rows: int | None = Field(default=None, gt=0)
-
-
-class AnchorSpec(DataSpec):
-    """Pairs on other prompts that hold behaviour where the preference has no say.
-
-    `share` is the part of all training pairs that are anchors. `swapped` lets them change sign with the preference;
-    held fixed, they ask the same of +v and of -v.
-    """
-
-    share: float = Field(default=0.5, gt=0, lt=1)
-    swapped: bool = False
-
-
-class LoraSpec(Section):
-    """The adapter: W + (alpha / rank) B A on `targets` (all linear layers but the head, or a list of module names)."""
-
-    rank: int = Field(default=16, ge=1, le=512)
-    alpha: int = Field(default=32, ge=1)
-    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-
-
-class TrainingSpec(Section):
-    """How the adapter is trained; `batch_size` pairs make one optimiser step, `micro_batch_size` one forward.
-
-    A run trains its adapter at a coefficient of 1, and as often at `reach` where that is more: text then stays whole
-    when the slider goes that far. d+ - d- is twice as long as either, so a pair needs twice the reach.
-    """
-
-    sides: Literal["two", "pair"] = "two"
-    reach: float = Field(default=1.0, ge=1.0, le=8.0)
-    beta: float = Field(default=0.1, gt=0)
-    sft_weight: float = Field(default=0.0, ge=0)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    epochs: float = Field(default=1.0, gt=0)
-    max_steps: int | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=16, gt=0)
-    micro_batch_size: int = Field(default=2, gt=0)
-    max_prompt_tokens: int = Field(default=512, gt=0)
-    max_reply_tokens: int = Field(default=512, gt=0)
-    gradient_checkpointing: bool = True
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    evaluate_every: int | None = Field(default=None, gt=0)
-    checkpoint_every: int = Field(default=50, gt=0)
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> TrainingSpec:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
-        return self
-
-
-class Recipe(Section):
-    """What makes one preference vector.
-
-    `held_out` is either a number of pairs that are set apart from `data`, never sharing a prompt with it, or a data
-    set of its own; preference accuracy is measured there.
-    """
-
-    preference: str = Field(pattern=PREFERENCE)
-    base: BaseSpec
-    data: DataSpec
-    held_out: int | DataSpec = 200
-    anchors: AnchorSpec | None = None
-    lora: LoraSpec = LoraSpec()
-    training: TrainingSpec = TrainingSpec()
-
-    def to_yaml(self) -> str:
-        """The recipe as YAML, defaults spelled out, so that it means the same to every version that reads it."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
 def read_recipe(file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -188,11 +91,13 @@ def key_lines(node: yaml.Node | None, name: str, path: tuple[str, ...] = ()) -> 
 
 def check_files(recipe: Recipe, name: str, lines: Mapping[tuple[str, ...], int], changed: set[tuple[str, ...]]) -> None:
     """Raises InputError where the base or a data source is written as a local path and nothing lies there."""
-    named = {("base", "id"): recipe.base.id, ("data", "source"): recipe.data.source}
-    if isinstance(recipe.held_out, DataSpec):
-        named["held_out", "source"] = recipe.held_out.source
-    if recipe.anchors:
-        named["anchors", "source"] = recipe.anchors.source
+    named: dict[tuple[str, ...], str] = {("base", "id"): recipe.base.id}
+    sections = {("data",): recipe.data, ("held_out",): recipe.held_out, ("anchors",): recipe.anchors}
+    if isinstance(recipe.method, WeightedSpec):
+        sections |= {("method", "objectives", name, "data"): one.data for name, one in recipe.method.objectives.items()}
+    for section, spec in sections.items():
+        if isinstance(spec, DataSpec):
+            named[*section, "source"] = spec.source
     for path, given in named.items():
         file = Path(given).expanduser()
         is_path = given.startswith(("/", "./", "../", "~")) or file.suffix in DATA_SUFFIXES
@@ -204,6 +109,8 @@ def check_files(recipe: Recipe, name: str, lines: Mapping[tuple[str, ...], int],
 
 def place(path: tuple[str, ...], name: str, lines: Mapping[tuple[str, ...], int], changed: set[tuple[str, ...]]) -> str:
     """Where a key was given: `recipe.yaml, line 3`, or the `--set` that changed it."""
+    if not path:
+        return name
     is_new = path not in lines and any(given[: len(path)] == path for given in changed)
     if is_new or any(path[:n] in changed for n in range(1, len(path) + 1)):
         return f"--set {'.'.join(path)}"
@@ -230,29 +137,41 @@ def explain(
         if isinstance(inside, Mapping) and (part in inside or (is_last and isinstance(part, str))):
             path = (*path, str(part))
             inside = inside.get(part)
+    known = partial(known_keys, content=content)
     where = place(path, name, lines, changed)
     key = ".".join(path)
     if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key!r}. {nearest(path[-1], known_keys(path[:-1]))}"
+        return f"{where}: unknown key {key!r}. {nearest(path[-1], known(path[:-1]))}"
     if fault["type"] == "missing":
         return f"{where}: the key {key!r} is missing"
-    if fault["type"] in ("model_type", "dict_type"):
-        keys = ", ".join(known_keys(path)[:3])
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        given = content["method"].get("name")
+        what = "the method has no name" if given is None else f"there is no method {given!r}"
+        return f"{where}: {what}. {nearest(str(given), METHODS)}"
+    if fault["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        keys = ", ".join(known(path)[:3])
         return f"{where}: {key} = {fault['input']!r}: should be a mapping with keys such as {keys}"
-    if not path or isinstance(inside, Mapping):
+    if not path or fault["type"] == "value_error":
         return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{where}: {key} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def known_keys(path: Sequence[str]) -> list[str]:
+def known_keys(path: Sequence[str], content: Mapping[str, Any]) -> list[str]:
     """The keys that a recipe section knows."""
+    if len(path) > 2 and path[:2] == ("method", "objectives"):
+        return list((DataSpec if path[-1] == "data" else ObjectiveSpec).model_fields)
+    if tuple(path) == ("method",):
+        given = content["method"]
+        named = given.get("name") if isinstance(given, Mapping) else None
+        return list(METHODS.get(str(named), PreferenceVectorSpec).model_fields)
     sections: dict[tuple[str, ...], type[BaseModel]] = {
         (): Recipe,
         ("base",): BaseSpec,
         ("data",): DataSpec,
         ("held_out",): DataSpec,
         ("anchors",): AnchorSpec,
+        ("method", "safety"): SafetySpec,
         ("lora",): LoraSpec,
         ("training",): TrainingSpec,
     }

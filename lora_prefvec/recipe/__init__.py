@@ -1,0 +1,41 @@
+"""The recipe: the YAML file that makes an artifact."""
+
+from lora_prefvec.recipe.methods import (
+    BfpoSpec,
+    DpoLwSpec,
+    MethodSpec,
+    ModpoSpec,
+    ObjectiveSpec,
+    PreferenceVectorSpec,
+    RacoSpec,
+    SafeFirstSpec,
+    SafetySpec,
+    SftSpec,
+    WeightedSpec,
+)
+from lora_prefvec.recipe.reading import parse_recipe, read_recipe
+from lora_prefvec.recipe.recipe import Recipe
+from lora_prefvec.recipe.sections import AnchorSpec, BaseSpec, DataSpec, LoraSpec, Section, TrainingSpec
+
+__all__ = [
+    "AnchorSpec",
+    "BaseSpec",
+    "BfpoSpec",
+    "DataSpec",
+    "DpoLwSpec",
+    "LoraSpec",
+    "MethodSpec",
+    "ModpoSpec",
+    "ObjectiveSpec",
+    "PreferenceVectorSpec",
+    "RacoSpec",
+    "Recipe",
+    "SafeFirstSpec",
+    "SafetySpec",
+    "Section",
+    "SftSpec",
+    "TrainingSpec",
+    "WeightedSpec",
+    "parse_recipe",
+    "read_recipe",
+]

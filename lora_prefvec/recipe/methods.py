@@ -1,0 +1,153 @@
+"""What a recipe says of the method that it trains by: one section for each, told apart by its `name`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lora_prefvec.recipe.sections import DataSpec, Section
+
+OBJECTIVE = r"^[a-z0-9]+([-_][a-z0-9]+)*$"
+MOST_OBJECTIVES = 8
+
+
+class ObjectiveSpec(Section):
+    """One of the wishes that are weighed against each other; in YAML its weight alone says all, where it has no pairs.
+
+    Without `data` of its own, an objective is a rating of the replies in the recipe's `data`: it prefers what is rated
+    higher there. With `data`, it is learned from these pairs, and the others have no say in them.
+    """
+
+    weight: float = Field(ge=0, le=1)
+    data: DataSpec | None = None
+
+
+class PreferenceVectorSpec(Section):
+    """Preference Vectors (arXiv 2504.20106): DPO on labels as given and swapped; see `training.sides`."""
+
+    name: Literal["preference_vector"] = "preference_vector"
+
+
+class WeightedSpec(Section):
+    """What all methods share that weigh objectives while they train; the weights sum to 1."""
+
+    objectives: Annotated[dict[str, ObjectiveSpec], Field(min_length=2, max_length=MOST_OBJECTIVES)]
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _weights_alone(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: {"weight": one} if isinstance(one, int | float) and not isinstance(one, bool) else one
+            for name, one in given.items()
+        }
+
+    @model_validator(mode="after")
+    def _weights_sum_to_one(self) -> WeightedSpec:
+        total = sum(self.weights.values())
+        if abs(total - 1) > 1e-6:
+            shown = ", ".join(f"{name} {weight:g}" for name, weight in self.weights.items())
+            raise ValueError(f"the weights of the objectives ({shown}) sum to {total:g}, not to 1")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Objective -> weight."""
+        return {name: one.weight for name, one in self.objectives.items()}
+
+
+class DpoLwSpec(WeightedSpec):
+    """DPO with a loss weight for each objective: sum of w_i L_i."""
+
+    name: Literal["dpo_lw"]
+
+
+class RacoSpec(WeightedSpec):
+    """RACO (arXiv 2602.02495): conflict-averse gradients, clipped by the weights.
+
+    `c` is the radius of the correction, as a part of the weighted gradient's length: 0 is DPO-LW. `clip: false` is
+    CAGrad with user weights. `solve` says which gradient is corrected: that of a whole step, or of each micro-batch.
+    """
+
+    name: Literal["raco"]
+    c: float = Field(default=0.4, ge=0, lt=1)
+    clip: bool = True
+    solve: Literal["step", "micro_batch"] = "step"
+
+
+class ModpoSpec(WeightedSpec):
+    """MODPO (arXiv 2310.03708): DPO on one objective, with margins from frozen adapters of the others.
+
+    `main` is the objective whose pairs train; `margins` names an adapter for each of the others.
+    """
+
+    name: Literal["modpo"]
+    main: str
+    margins: dict[str, str]
+
+    @model_validator(mode="after")
+    def _one_main_objective(self) -> ModpoSpec:
+        if self.main not in self.objectives:
+            raise ValueError(f"the main objective {self.main!r} is none of {', '.join(self.objectives)}")
+        if self.weights[self.main] == 0:
+            raise ValueError(f"the main objective {self.main!r} has weight 0, and its margins are divided by that")
+        others = self.objectives.keys() - {self.main}
+        if self.margins.keys() != others:
+            raise ValueError(f"margins has to name one adapter for each of: {', '.join(sorted(others))}")
+        return self
+
+
+class SafetySpec(Section):
+    """When a reply counts as safe: its rating on `axis` is `at_least` so much."""
+
+    axis: str = Field(default="harmless", pattern=OBJECTIVE)
+    at_least: float
+
+
+class BfpoSpec(Section):
+    """BFPO (arXiv 2408.15313) in its DPO form: `main` decides, and safety sets strength and direction of each pair.
+
+    beta' = (beta / 2) / (1.5 I(chosen) - 0.5 I(rejected) - alpha), I being 1 for a safe reply and 0 for another.
+    """
+
+    name: Literal["bfpo"]
+    main: str = Field(default="helpful", pattern=OBJECTIVE)
+    safety: SafetySpec
+    alpha: float = 0.5
+
+    @model_validator(mode="after")
+    def _no_pole(self) -> BfpoSpec:
+        if min(abs(value - self.alpha) for value in (0.0, 1.0, 1.5, -0.5)) < 1e-3:
+            raise ValueError(f"alpha {self.alpha:g} divides by zero for some pairs; the paper takes 0.5")
+        return self
+
+
+class SafeFirstSpec(Section):
+    """DPO-safe-first: `main` decides between two safe replies, and otherwise the safer one is chosen."""
+
+    name: Literal["safe_first"]
+    main: str = Field(default="helpful", pattern=OBJECTIVE)
+    safety: SafetySpec
+
+
+class SftSpec(Section):
+    """Fine-tuning on the chosen replies of pairs."""
+
+    name: Literal["sft"]
+
+
+MethodSpec = Annotated[
+    PreferenceVectorSpec | DpoLwSpec | RacoSpec | ModpoSpec | BfpoSpec | SafeFirstSpec | SftSpec,
+    Field(discriminator="name"),
+]
+METHODS: dict[str, type[Section]] = {
+    "preference_vector": PreferenceVectorSpec,
+    "dpo_lw": DpoLwSpec,
+    "raco": RacoSpec,
+    "modpo": ModpoSpec,
+    "bfpo": BfpoSpec,
+    "safe_first": SafeFirstSpec,
+    "sft": SftSpec,
+}
