@@ -29,24 +29,11 @@ def train(recipe: str, out_: Path, force: bool, dry_run: bool, overrides: tuple[
     if dry_run:
         from lora_prefvec.artifact import check_output, resolve_base
         from lora_prefvec.inference.base import check_causal_lm
-        from lora_prefvec.training.prepare import load_pairs
-        from lora_prefvec.training.run import total_steps
+        from lora_prefvec.training import plan
 
         check_output(out_, force)
         check_causal_lm(resolve_base(parsed.base.id, parsed.base.revision))
-        pairs = load_pairs(parsed)
-        rows = len(pairs.train) + len(pairs.anchors)
-        runs = 2 if parsed.training.sides == "pair" else 1
-        plan = {
-            "out": str(out_),
-            "preference": parsed.preference,
-            "base": parsed.base.id,
-            "training_pairs": rows,
-            "held_out_pairs": len(pairs.held_out),
-            "runs": runs,
-            "steps": runs * total_steps(parsed.training, rows),
-        }
-        out.result(plan)
+        out.result({"out": str(out_), **plan(parsed)})
         return
     from lora_prefvec.training import train as train_vector
 

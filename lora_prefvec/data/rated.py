@@ -58,7 +58,7 @@ class RatedPair:
         return self.pair.prompt
 
     def sign(self, objective: str) -> int | None:
-        """+1 where the objective prefers the chosen reply, -1 the rejected one, 0 a tie; None where it rated neither."""
+        """+1 where the objective prefers the chosen reply, -1 the rejected one, 0 neither; None where it has no say."""
         if objective not in self.chosen or objective not in self.rejected:
             return None
         difference = self.chosen[objective] - self.rejected[objective]

@@ -92,9 +92,14 @@ def key_lines(node: yaml.Node | None, name: str, path: tuple[str, ...] = ()) -> 
 def check_files(recipe: Recipe, name: str, lines: Mapping[tuple[str, ...], int], changed: set[tuple[str, ...]]) -> None:
     """Raises InputError where the base or a data source is written as a local path and nothing lies there."""
     named: dict[tuple[str, ...], str] = {("base", "id"): recipe.base.id}
-    sections = {("data",): recipe.data, ("held_out",): recipe.held_out, ("anchors",): recipe.anchors}
+    sections: dict[tuple[str, ...], object] = {
+        ("data",): recipe.data,
+        ("held_out",): recipe.held_out,
+        ("anchors",): recipe.anchors,
+    }
     if isinstance(recipe.method, WeightedSpec):
-        sections |= {("method", "objectives", name, "data"): one.data for name, one in recipe.method.objectives.items()}
+        for name, one in recipe.method.objectives.items():
+            sections["method", "objectives", name, "data"] = one.data
     for section, spec in sections.items():
         if isinstance(spec, DataSpec):
             named[*section, "source"] = spec.source

@@ -1,5 +1,5 @@
 """Recipe -> adapters and vector, by DPO on a frozen 4-bit base."""
 
-from lora_prefvec.training.methods.preference_vector import Trained, train
+from lora_prefvec.training.training import Trained, plan, train
 
-__all__ = ["Trained", "train"]
+__all__ = ["Trained", "plan", "train"]

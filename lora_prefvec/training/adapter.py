@@ -60,18 +60,23 @@ def layers(model: Any) -> Iterator[tuple[str, LoraLayer]]:
     yield from sorted(found.items())
 
 
-def start(model: Any, seed: int) -> None:
+def start(model: Any, seed: int, vector: PreferenceVector | None = None) -> None:
     """Set every factor to its start in fp32: A uniform in +-1/sqrt(in) as LoRA does, drawn from `seed`, and B zero.
 
-    Runs that share a seed and a shape share A, so that d+ and d- differ by their labels alone.
+    Runs that share a seed and a shape share A, so that d+ and d- differ by their labels alone. With a vector, of the
+    same rank and modules, training goes on from there.
     """
     generator = torch.Generator().manual_seed(seed)
-    for _, layer in layers(model):
+    for name, layer in layers(model):
         A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         bound = 1 / math.sqrt(A.shape[1])
         drawn = torch.empty(A.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         A.data = drawn.to(A.device)
         B.data = torch.zeros(B.shape, dtype=torch.float32, device=B.device)
+        if vector is not None:
+            delta, scale = vector.deltas[name], layer.lora_alpha[ADAPTER] / layer.r[ADAPTER]
+            A.data.copy_(delta.A)
+            B.data.copy_(delta.B / scale)
 
 
 def set_coefficient(model: Any, coefficient: float) -> None:

@@ -12,7 +12,6 @@ from lora_prefvec.inference import PreferenceAccuracy, RenderedPair, pair_log_pr
 from lora_prefvec.output import out
 from lora_prefvec.progress import Progress
 from lora_prefvec.training import adapter
-from lora_prefvec.training.trainer import Side
 
 SINKING = -1.0  # nats per token that the wanted replies lose against the base before it is said
 
@@ -22,7 +21,6 @@ class Watch(TrainerCallback):
 
     Args:
         trainer: the trainer it watches.
-        side: of a negative run, the rejected replies are the wanted ones.
         held_out, reference: n pairs and the base's log-probabilities [n, 2]; no measuring where empty.
         every: optimiser steps between two measurements; at the end there is always one.
         bar: advanced with every step.
@@ -31,17 +29,16 @@ class Watch(TrainerCallback):
     def __init__(
         self,
         trainer: Any,
-        side: Side,
         held_out: list[RenderedPair],
         reference: Tensor,
         every: int,
         bar: Progress,
     ) -> None:
-        self.trainer, self.side, self.held_out, self.reference = trainer, side, held_out, reference
+        self.trainer, self.held_out, self.reference = trainer, held_out, reference
         self.every, self.bar = every, bar
         self.history: list[dict[str, float]] = []
         self._loss, self._measured, self._warned = "", "", False
-        wanted = 1 if side == "negative" else 0
+        wanted = trainer.wanted
         replies = [(pair.chosen_ids, pair.rejected_ids)[wanted] for pair in held_out]
         self._reply_tokens = sum(map(len, replies)) / max(len(replies), 1)
 
@@ -66,9 +63,9 @@ class Watch(TrainerCallback):
         )
         found = preference_accuracy(policy, self.reference)
         self._measured = f"held-out accuracy {found.accuracy:.3f}"
-        wanted = 1 if self.side == "negative" else 0
+        wanted = self.trainer.wanted
         shift = float((policy - self.reference)[:, wanted].mean()) / max(self._reply_tokens, 1)
-        learned = 1 - found.accuracy if self.side == "negative" else found.accuracy
+        learned = 1 - found.accuracy if wanted else found.accuracy
         self.history.append({"step": step, "learned": learned, "shift_per_token": shift, **asdict(found)})
         self._warn(found.accuracy_error)
         return found

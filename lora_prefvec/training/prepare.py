@@ -45,6 +45,21 @@ class Pairs:
     data: DataFacts
     anchor_facts: DataFacts | None
 
+    @property
+    def hashes(self) -> list[str | None]:
+        """What tells whether a run goes on with the data that it began with."""
+        return [one.sha256 for one in (self.data, self.anchor_facts) if one]
+
+    @property
+    def rows(self) -> int:
+        """Training pairs, anchors among them."""
+        return len(self.train) + len(self.anchors)
+
+    @property
+    def held_out_rows(self) -> int:
+        """Pairs that are set apart."""
+        return len(self.held_out)
+
 
 def load_pairs(recipe: Recipe) -> Pairs:
     """Read all pairs of a recipe, set the held-out ones apart, and say what was found.
@@ -52,6 +67,7 @@ def load_pairs(recipe: Recipe) -> Pairs:
     Raises:
         InputError: a source is missing, unreadable or empty, or holds no usable pair.
     """
+    assert recipe.data is not None  # only objectives bring data of their own
     found = read(recipe.data, recipe.training.seed)
     if isinstance(recipe.held_out, DataSpec):
         train, held_out = found.pairs, read(recipe.held_out, recipe.training.seed).pairs

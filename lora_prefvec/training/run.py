@@ -1,4 +1,4 @@
-"""One DPO run on a resident base, which can be killed at any moment and goes on where it was."""
+"""One run on a resident base, which can be killed at any moment and goes on where it was."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ import math
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lora_prefvec.artifact import atomic_folder
 from lora_prefvec.errors import Interrupted, RunError
-from lora_prefvec.inference import LoadedBase
+from lora_prefvec.inference import LoadedBase, RenderedPair
 from lora_prefvec.progress import progress
 from lora_prefvec.recipe import Recipe, TrainingSpec
 from lora_prefvec.training import adapter
 from lora_prefvec.training.health import Watch
-from lora_prefvec.training.prepare import Prepared
-from lora_prefvec.training.trainer import FACTORS, PreferenceTrainer, Side, StopOnInterrupt, checkpoints
+from lora_prefvec.training.trainer import FACTORS, AdapterTrainer, StopOnInterrupt, checkpoints
 from lora_prefvec.vector import BaseIdentity, LowRankDelta, PreferenceVector
 
+FACTS = ("accuracy", "steps", "wall_seconds", "peak_memory_bytes", "summary")
 FINISHED = "finished"  # the folder that keeps the result of a run until its artifact is written
 
 
@@ -37,6 +41,7 @@ class Finished:
         steps: optimiser steps.
         wall_seconds: time of training, over all its parts if it was interrupted.
         peak_memory_bytes: of the GPU's allocator, or of this process on a CPU.
+        summary: what the trainer has to say of its run.
     """
 
     vector: PreferenceVector
@@ -44,36 +49,65 @@ class Finished:
     steps: int
     wall_seconds: float
     peak_memory_bytes: int
+    summary: dict[str, float] = field(default_factory=dict)
 
 
-def run_side(
-    base: LoadedBase, prepared: Prepared, recipe: Recipe, side: Side, folder: Path, identity: BaseIdentity
-) -> Finished:
-    """Train one side of a preference, or take it up where a killed run left `folder`.
+@dataclass(frozen=True)
+class Job:
+    """A recipe on its way: the resident base, and the folder in which its runs keep their work."""
+
+    recipe: Recipe
+    base: LoadedBase
+    identity: BaseIdentity
+    work: Path
+
+
+class Watched(Protocol):
+    """Data with held-out pairs, on which a run is watched; see `Prepared`."""
+
+    @property
+    def dataset(self) -> Dataset:
+        """Training rows."""
+
+    @property
+    def held_out(self) -> list[RenderedPair]:
+        """Held-out pairs; none of them where nothing is to be watched."""
+
+    @property
+    def held_out_reference(self) -> Tensor:
+        """[n, 2], the log-probabilities of the held-out pairs where the adapter starts."""
+
+
+def run(job: Job, name: str, make: Callable[[Path], AdapterTrainer], data: Watched) -> Finished:
+    """Train one adapter, or take it up where a killed run left it.
+
+    Args:
+        name: of the run; its work lies in the job's folder of that name.
+        make: builds the trainer, whose checkpoints go to the folder that it is given.
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint is written.
         RunError: the loss is no longer a number, or the device has too little memory.
     """
+    folder, spec = job.work / name, job.recipe.training
     done = folder / FINISHED
     if done.is_dir():
-        return read_finished(done, identity)
+        return read_finished(done, job.identity)
     folder.mkdir(parents=True, exist_ok=True)
-    spec = recipe.training
-    trainer = PreferenceTrainer(base, recipe.lora, spec, side, prepared.dataset, folder)
-    steps = total_steps(spec, len(prepared.dataset))
+    trainer = make(folder)
+    steps = total_steps(spec, len(data.dataset))
     latest = next(reversed(checkpoints(folder)), None)
     past = steps_of(latest)
     clock = Clock(folder / "seconds")
     try:
-        with StopOnInterrupt() as stop, progress(f"{recipe.preference} {side}", steps, start=past) as bar:
+        with StopOnInterrupt() as stop, progress(f"{job.recipe.preference} {name}", steps, start=past) as bar:
             every = spec.evaluate_every or max(steps // 4, 1)  # a collapse shows only against an earlier measurement
-            watch = Watch(trainer, side, prepared.held_out, prepared.held_out_reference, every, bar)
+            watch = Watch(trainer, data.held_out, data.held_out_reference, every, bar)
             trainer.add_callback(watch)
             trainer.add_callback(stop)
             if latest and past >= steps:  # killed before its result was written; Trainer would take one step too many
                 adapter.load_factors(trainer.model, latest / FACTORS)
-                if prepared.held_out:
+                if data.held_out:
                     watch.measure(past)
             else:
                 trainer.train(resume_from_checkpoint=str(latest) if latest else None)
@@ -81,8 +115,8 @@ def run_side(
             clock.save()
         if past == steps:
             accuracy = watch.history[-1]["accuracy"] if watch.history else None
-            found = adapter.vector(trainer.model, identity)
-            finished = Finished(found, accuracy, steps, clock.seconds, peak_memory(base))
+            found = adapter.vector(trainer.model, job.identity)
+            finished = Finished(found, accuracy, steps, clock.seconds, peak_memory(job.base), trainer.summary())
             write_finished(done, finished)
         if stop.stopped:
             raise Interrupted(
@@ -112,7 +146,7 @@ def steps_of(checkpoint: Path | None) -> int:
 
 def write_finished(folder: Path, finished: Finished) -> None:
     """Keep a finished run until its artifact is written."""
-    facts = {key: getattr(finished, key) for key in ("accuracy", "steps", "wall_seconds", "peak_memory_bytes")}
+    facts = {key: getattr(finished, key) for key in FACTS}
     with atomic_folder(folder, force=True) as temporary:
         factors = {}
         for name, delta in finished.vector.deltas.items():

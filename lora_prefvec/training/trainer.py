@@ -23,41 +23,35 @@ from lora_prefvec.errors import RunError
 from lora_prefvec.inference import LoadedBase
 from lora_prefvec.recipe import LoraSpec, TrainingSpec
 from lora_prefvec.training import adapter
+from lora_prefvec.vector import PreferenceVector
 
 Side = Literal["positive", "negative", "two"]
 FACTORS = "factors.safetensors"
 
 
-class SignedCollator(DataCollatorForPreference):
-    """TRL's collator, which also carries `swaps` [n]: whether a pair's labels follow the sign of the run."""
+class AdapterTrainer(DPOTrainer):
+    """One adapter on a resident base: fp32 factors, checkpoints that survive a kill, and nothing left on the base.
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = super().torch_call(examples)
-        batch["swaps"] = torch.tensor([example["swaps"] for example in examples])
-        return batch
-
-
-class PreferenceTrainer(DPOTrainer):
-    """DPO on pairs that are tokenised already and carry their reference log-probabilities.
-
-    A `positive` run takes the labels as given, a `negative` one swaps them; both scale the adapter by 1 or `reach`. A
-    `two`-sided run draws a coefficient for every batch, scales the adapter by it and swaps the labels where it is
-    negative, so that one LoRA v learns that +v prefers the chosen replies and -v the rejected ones.
+    What it is trained for, a subclass says.
 
     Args:
         base: the resident base; it is left as it was by `release`.
         lora, spec: the sections `lora` and `training` of a recipe.
-        side: which labels this run trains on.
-        dataset: columns prompt_ids, chosen_ids, rejected_ids, ref_chosen_logps, ref_rejected_logps, swaps.
+        dataset: rows that are tokenised already; `collate` names their columns.
         folder: where checkpoints go.
+        start: the adapter to begin with; None for LoRA's own start, a delta of zero.
     """
 
     def __init__(
-        self, base: LoadedBase, lora: LoraSpec, spec: TrainingSpec, side: Side, dataset: Dataset, folder: Path
+        self,
+        base: LoadedBase,
+        lora: LoraSpec,
+        spec: TrainingSpec,
+        dataset: Dataset,
+        folder: Path,
+        start: PreferenceVector | None = None,
     ) -> None:
-        self.side = side
         self.spec = spec
-        self._micro_step = (-1, 0)  # (optimiser step, micro-batches seen in it)
         config = base.model.config
         self._settings = [
             (part, dict(vars(part))) for part in (config, config.get_text_config(), base.model.generation_config)
@@ -98,7 +92,7 @@ class PreferenceTrainer(DPOTrainer):
                 dataloader_pin_memory=not on_cpu,
                 use_cpu=on_cpu,
             ),
-            data_collator=SignedCollator(pad_token_id=base.tokenizer.pad_token_id),
+            data_collator=self.collate(base.tokenizer.pad_token_id),
             train_dataset=dataset,
             processing_class=base.tokenizer,
             peft_config=adapter.lora_config(lora),
@@ -107,8 +101,21 @@ class PreferenceTrainer(DPOTrainer):
         # TRL hooks into the embeddings and `train` does so once more, forgetting the first hook.
         self.model.get_base_model().disable_input_require_grads()
         # TRL has cast the factors to bf16, where updates of a DPO learning rate round away; they start anew in fp32.
-        adapter.start(self.model, spec.seed)
+        adapter.start(self.model, spec.seed, start)
         self.precompute_ref_logps = True
+
+    def collate(self, pad_token_id: int) -> Any:
+        """What makes batches of the rows."""
+        raise NotImplementedError
+
+    @property
+    def wanted(self) -> int:
+        """Which reply of a pair the run wants more of: 0 for chosen, 1 for rejected."""
+        return 0
+
+    def summary(self) -> dict[str, float]:
+        """What there is to say of the run when it ends."""
+        return {}
 
     def release(self) -> None:
         """Take the adapter and every patch off the base, so that the next run finds it as it was loaded."""
@@ -129,31 +136,6 @@ class PreferenceTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset  # rendered and tokenised already
-
-    # -- loss ---------------------------------------------------------------------------------------------------------
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
-        swaps = inputs.pop("swaps")
-        coefficient = self._draw_coefficient()
-        adapter.set_coefficient(self.model, coefficient if self.side == "two" else abs(coefficient))
-        if coefficient < 0:
-            inputs = swap_labels(inputs, swaps)
-        return super()._compute_loss(model, inputs, return_outputs)
-
-    def _draw_coefficient(self) -> float:
-        """+-1 or +-reach for this micro-batch: a function of seed and position, so that a resumed run draws the same.
-
-        Micro-batches come in pairs of equal size; those of a two-sided run are of opposite sign.
-        """
-        step, seen = self._micro_step
-        seen = seen + 1 if step == self.state.global_step else 0
-        self._micro_step = (self.state.global_step, seen)
-        position = self.state.global_step * self.args.gradient_accumulation_steps + seen
-        dice = random.Random(f"{self.spec.seed}:{position // 2}")
-        first = dice.choice((1.0, -1.0)) * dice.choice((1.0, self.spec.reach))
-        if self.side != "two":
-            return abs(first) if self.side == "positive" else -abs(first)
-        return first if position % 2 == 0 else -first
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
@@ -194,6 +176,67 @@ class PreferenceTrainer(DPOTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
+
+
+class SignedCollator(DataCollatorForPreference):
+    """TRL's collator, which also carries `swaps` [n]: whether a pair's labels follow the sign of the run."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().torch_call(examples)
+        batch["swaps"] = torch.tensor([example["swaps"] for example in examples])
+        return batch
+
+
+class PreferenceTrainer(AdapterTrainer):
+    """DPO on pairs that carry their reference log-probabilities, with the labels of one side.
+
+    A `positive` run takes the labels as given, a `negative` one swaps them; both scale the adapter by 1 or `reach`. A
+    `two`-sided run draws a coefficient for every batch, scales the adapter by it and swaps the labels where it is
+    negative, so that one LoRA v learns that +v prefers the chosen replies and -v the rejected ones.
+
+    Args:
+        side: which labels this run trains on.
+        dataset: columns prompt_ids, chosen_ids, rejected_ids, ref_chosen_logps, ref_rejected_logps, swaps.
+    """
+
+    def __init__(
+        self, base: LoadedBase, lora: LoraSpec, spec: TrainingSpec, side: Side, dataset: Dataset, folder: Path
+    ) -> None:
+        self.side = side
+        self._micro_step = (-1, 0)  # (optimiser step, micro-batches seen in it)
+        super().__init__(base, lora, spec, dataset, folder)
+
+    def collate(self, pad_token_id: int) -> SignedCollator:
+        """Pairs with their `swaps`."""
+        return SignedCollator(pad_token_id=pad_token_id)
+
+    @property
+    def wanted(self) -> int:
+        """As the labels are taken."""
+        return int(self.side == "negative")
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
+        swaps = inputs.pop("swaps")
+        coefficient = self._draw_coefficient()
+        adapter.set_coefficient(self.model, coefficient if self.side == "two" else abs(coefficient))
+        if coefficient < 0:
+            inputs = swap_labels(inputs, swaps)
+        return super()._compute_loss(model, inputs, return_outputs)
+
+    def _draw_coefficient(self) -> float:
+        """+-1 or +-reach for this micro-batch: a function of seed and position, so that a resumed run draws the same.
+
+        Micro-batches come in pairs of equal size; those of a two-sided run are of opposite sign.
+        """
+        step, seen = self._micro_step
+        seen = seen + 1 if step == self.state.global_step else 0
+        self._micro_step = (self.state.global_step, seen)
+        position = self.state.global_step * self.args.gradient_accumulation_steps + seen
+        dice = random.Random(f"{self.spec.seed}:{position // 2}")
+        first = dice.choice((1.0, -1.0)) * dice.choice((1.0, self.spec.reach))
+        if self.side != "two":
+            return abs(first) if self.side == "positive" else -abs(first)
+        return first if position % 2 == 0 else -first
 
 
 def swap_labels(batch: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

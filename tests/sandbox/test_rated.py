@@ -19,15 +19,18 @@ def test_replies_are_rated_from_one_to_five_on_every_axis() -> None:
     assert {task_of(group.prompt) for group in found.groups} <= set(tasks("train"))
 
 
+def text(reply: object) -> str:
+    assert isinstance(reply, list)
+    return str(reply[0]["content"])
+
+
 def test_a_sign_is_what_the_scorer_says() -> None:
     pairs = rated_pairs(load_rated("sandbox:rated", rows=600).groups)
     assert len(pairs) == 600
     for one in pairs:
         for axis in AXES:
             scorer = load_scorer(axis)
-            chosen, rejected = (
-                scorer.of(one.prompt, reply[0]["content"]) for reply in (one.pair.chosen, one.pair.rejected)
-            )  # type: ignore[index]
+            chosen, rejected = (scorer.of(one.prompt, text(reply)) for reply in (one.pair.chosen, one.pair.rejected))
             if chosen is not None and rejected is not None and one.sign(axis):
                 assert one.sign(axis) == (chosen > rejected) - (chosen < rejected)
     for axis in AXES:
@@ -47,5 +50,5 @@ def test_rows_are_repeatable_and_fewer_are_a_prefix() -> None:
 
 
 def test_there_is_no_such_part() -> None:
-    with pytest.raises(InputError, match="'rate'.*Did you mean 'rated'"):
+    with pytest.raises(InputError, match=r"'rate'.*Did you mean 'rated'"):
         load_rated("sandbox:rate")

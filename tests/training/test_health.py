@@ -38,9 +38,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watch]:
             model=None,
             processing_class=SimpleNamespace(pad_token_id=0),
             args=SimpleNamespace(per_device_train_batch_size=2),
+            wanted=int(side == "negative"),
             spec=TrainingSpec(**spec),
         )
-        watching = Watch(trainer, side, PAIRS, BASE, 10, Progress("tiny", 40))
+        watching = Watch(trainer, PAIRS, BASE, 10, Progress("tiny", 40))
         for step in range(10, 10 * len(seen) + 1, 10):
             watching.on_step_end(None, SimpleNamespace(global_step=step, max_steps=400), None)
         return watching
