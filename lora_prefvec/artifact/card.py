@@ -71,6 +71,9 @@ def _summary(facts: Provenance, rank: int, modules: int) -> str:
             "away from it; 1.0 is where to start, -1 to 2 the usual range. Vectors of one base add up, so that several "
             "preferences can be mixed at inference time, and a new one needs no retraining of the others."
         )
+    if facts.objectives:
+        weighed = ", ".join(f"{one.name} {one.weight:g}" for one in facts.objectives)
+        return f"{size}, trained by {(facts.method or '').upper()} on objectives of the weights {weighed}."
     if facts.kind == "preference_adapter":
         labels = "chosen and rejected replies exchanged" if facts.sign == -1 else "the labels as given"
         return (

@@ -43,6 +43,18 @@ class DataFacts(_Facts):
     swapped: bool = False
 
 
+class ObjectiveFacts(_Facts):
+    """One of the objectives that were weighed while an adapter was trained.
+
+    Args:
+        data: the pairs that it alone learned from; None where it is a rating in the adapter's data.
+    """
+
+    name: str
+    weight: float
+    data: DataFacts | None = None
+
+
 class TrainingFacts(_Facts):
     """How an adapter was trained; the whole of the settings is in `recipe.yaml` beside it.
 
@@ -149,7 +161,9 @@ class Provenance(_Facts):
     Args:
         preference: slug of the axis; None for a mix of several.
         sign: +1 for labels as given (and for vectors), -1 for swapped labels; None for a mix.
-        method: `dpo` for what was trained; for a mix how it was combined (`exact`).
+        method: `dpo` for a preference vector and its sides, else the name of the method that trained the adapter; for
+            a mix how it was combined (`exact`).
+        objectives: what a method weighed that trains one adapter for several.
         sides: `pair` for two runs, `two` for one two-sided run.
         base: the base that training saw; None where a plain adapter did not tell.
         fold: how it was added to a base; None for what is no fold.
@@ -167,6 +181,7 @@ class Provenance(_Facts):
     base: BaseIdentity | None = None
     data: DataFacts | None = None
     anchors: DataFacts | None = None
+    objectives: list[ObjectiveFacts] = Field(default_factory=list)
     training: TrainingFacts | None = None
     parents: list[Parent] = Field(default_factory=list)
     fold: FoldFacts | None = None

@@ -27,12 +27,14 @@ class RenderedPairs:
         pairs: in order.
         cut_prompts, cut_replies: how many pairs lost the beginning of their prompt, or the end of a reply.
         indistinct: pairs left out because the cut replies are equal.
+        places: where each of `pairs` was among those given.
     """
 
     pairs: list[RenderedPair]
     cut_prompts: int
     cut_replies: int
     indistinct: int
+    places: list[int]
 
 
 def render_pairs(
@@ -48,8 +50,9 @@ def render_pairs(
             from.
     """
     rendered: list[RenderedPair] = []
+    places: list[int] = []
     cut_prompts = cut_replies = indistinct = 0
-    for pair in pairs:
+    for place, pair in enumerate(pairs):
         prompt, chosen, rejected = render(pair, tokenizer)
         cut_prompts += len(prompt) > max_prompt_tokens
         cut_replies += max(len(chosen), len(rejected)) > max_reply_tokens
@@ -61,12 +64,13 @@ def render_pairs(
             indistinct += 1
         else:
             rendered.append(RenderedPair(prompt, chosen, rejected))
+            places.append(place)
     if pairs and not rendered:
         raise InputError(
             f"none of the {len(pairs)} pairs differ within the first {max_reply_tokens} tokens of their replies",
             "Raise training.max_reply_tokens.",
         )
-    return RenderedPairs(rendered, cut_prompts, cut_replies, indistinct)
+    return RenderedPairs(rendered, cut_prompts, cut_replies, indistinct, places)
 
 
 def render(pair: Pair, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:

@@ -34,6 +34,8 @@ class Recipe(Section):
             raise ValueError("the key 'data' is missing")
         if self.method.name == "preference_vector":
             return self
+        if self.method.name == "sft" and self.training.sft_weight == 0:
+            raise ValueError("training.sft_weight is 0, and SFT has no other term; give 1.0")
         if self.anchors:
             raise ValueError(f"anchors belong to preference vectors; {self.method.name} takes none")
         if self.training.reach != 1 or self.training.sides != "two":

@@ -139,9 +139,20 @@ class AdapterTrainer(DPOTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise self._diverged(f"the loss became {loss.item()} at step {self.state.global_step + 1}")
+        self.check(loss)
         return loss
+
+    def check(self, losses: Tensor) -> None:
+        """Raises RunError where a loss is no longer a number."""
+        if not torch.isfinite(losses).all():
+            raise self._diverged(f"the loss became {losses.sum().item()} at step {self.state.global_step + 1}")
+
+    def reply_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The summed log-probability of every reply of a batch, and its number of tokens: each [2 n]."""
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        found = model(**ids, labels=labels, use_cache=False, fused_lm_head=True)
+        return found.log_probs.sum(dim=1), (labels[:, 1:] != -100).sum(dim=1)
 
     def _diverged(self, what: str) -> RunError:
         return RunError(

@@ -27,7 +27,10 @@ class Method(Protocol):
     def load(self, recipe: Recipe) -> Any:
         """The recipe's data, as `Loaded`."""
 
-    def make(self, job: Job, loaded: Any) -> Made:
+    def prepare(self, recipe: Recipe, loaded: Any, base: LoadedBase) -> Any:
+        """The data as the base meets them: rendered, with reference log-probabilities."""
+
+    def make(self, job: Job, prepared: Any) -> Made:
         """Train, and hand over what came out."""
 
 
@@ -79,9 +82,10 @@ def train(
         )
     check_targets(base.model, recipe.lora)
     identity = base_identity(recipe.base.id, recipe.base.revision, recipe.base.quantization)
+    prepared = method.prepare(recipe, loaded, base)
     begin(work, recipe, loaded.hashes)
     job = Job(recipe, base, identity, work)
-    made = method.make(job, loaded)
+    made = method.make(job, prepared)
     write(target, job, made, force=force)
     remove_folder(work)
     return Trained(target, made.vector, made.metrics)

@@ -89,7 +89,7 @@ def test_a_kill_after_the_last_step_loses_nothing(
         raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        module = "run" if moment == "write_finished" else "training"
+        module = {"write_finished": "run", "measure": "methods.preference_vector"}.get(moment, "training")
         patch.setattr(f"lora_prefvec.training.{module}.{moment}", stop)
         train(recipe(schedule="constant"), tmp_path / "broken", base=nf4)
     resumed = train(recipe(schedule="constant"), tmp_path / "broken", base=nf4, resume=True)

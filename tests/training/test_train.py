@@ -180,6 +180,6 @@ def test_an_existing_folder_is_refused_before_anything_is_loaded(
     recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr("lora_prefvec.training.methods.preference_vector.load_pairs", lambda _: pytest.fail("read"))
+    monkeypatch.setattr("lora_prefvec.training.methods.preference_vector.load", lambda _: pytest.fail("read"))
     with pytest.raises(InputError, match="exists"):
         train(recipe(), tmp_path / "out")

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_prefvec.training.methods import preference_vector
+from lora_prefvec.training.methods import bfpo, dpo_lw, modpo, preference_vector, raco, safe_first, sft
 
-METHODS: dict[str, Any] = {"preference_vector": preference_vector}
+METHODS: dict[str, Any] = {
+    "preference_vector": preference_vector,
+    "dpo_lw": dpo_lw,
+    "raco": raco,
+    "modpo": modpo,
+    "bfpo": bfpo,
+    "safe_first": safe_first,
+    "sft": sft,
+}
 
 __all__ = ["METHODS"]

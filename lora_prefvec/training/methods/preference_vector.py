@@ -11,10 +11,13 @@ from pathlib import Path
 from lora_prefvec.inference import LiveMixer, LoadedBase, pair_log_probs, preference_accuracy
 from lora_prefvec.recipe import Recipe
 from lora_prefvec.training.made import Made
-from lora_prefvec.training.prepare import Pairs, Prepared, load_pairs, prepare
+from lora_prefvec.training.prepare import Prepared, prepare
+from lora_prefvec.training.prepare import load_pairs as load
 from lora_prefvec.training.run import Finished, Job, run
 from lora_prefvec.training.trainer import PreferenceTrainer, Side
 from lora_prefvec.vector import PreferenceVector, extract
+
+__all__ = ["load", "make", "prepare", "runs"]
 
 SIDES: dict[str, tuple[Side, ...]] = {"two": ("two",), "pair": ("positive", "negative")}
 SIGNS = {"positive": 1, "negative": -1}
@@ -25,14 +28,8 @@ def runs(recipe: Recipe) -> tuple[str, ...]:
     return SIDES[recipe.training.sides]
 
 
-def load(recipe: Recipe) -> Pairs:
-    """The preference's pairs and its anchors."""
-    return load_pairs(recipe)
-
-
-def make(job: Job, pairs: Pairs) -> Made:
+def make(job: Job, prepared: Prepared) -> Made:
     """Train the sides, and take the vector between them."""
-    prepared = prepare(job.recipe, pairs, job.base)
     sides = SIDES[job.recipe.training.sides]
     done = [run_side(job, prepared, side) for side in sides]
     vector = done[0].vector if len(done) == 1 else extract(done[0].vector, done[1].vector)

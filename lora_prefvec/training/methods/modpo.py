@@ -1,0 +1,59 @@
+"""MODPO (arXiv 2310.03708): DPO on one objective, whose margin the frozen adapters of the others shift.
+
+    L = -log sigma(R(chosen) - R(rejected)),  R(y) = (beta log-ratio(y) - sum_k w_k m_k(y)) / w_main
+
+where m_k(y) = beta log-ratio_k(y) is the implicit reward of the adapter that was trained for objective k alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from lora_prefvec.artifact import read_adapter, resolve_adapter
+from lora_prefvec.inference import LoadedBase, RenderedPair
+from lora_prefvec.recipe import ModpoSpec, Recipe
+from lora_prefvec.training.methods.dpo_lw import runs
+from lora_prefvec.training.objectives import (
+    PreparedRows,
+    Rows,
+    adapter_margins,
+    by_signs,
+    load_rows,
+    prepare_rows,
+)
+from lora_prefvec.training.objectives import train_rows as make
+
+__all__ = ["load", "make", "prepare", "runs"]
+
+
+def load(recipe: Recipe) -> Rows:
+    """The pairs of the main objective."""
+    spec = spec_of(recipe)
+    for reference in spec.margins.values():
+        resolve_adapter(reference)
+    own = spec.objectives[spec.main].data
+    rows = load_rows(recipe, {spec.main: 1.0}, by_signs([spec.main]), {spec.main: own} if own else None)
+    return replace(rows, train=[replace(row, strength=1 / spec.weights[spec.main]) for row in rows.train])
+
+
+def prepare(recipe: Recipe, rows: Rows, base: LoadedBase) -> PreparedRows:
+    """Rendered, with the base's log-probabilities and the margins of the frozen adapters."""
+    spec = spec_of(recipe)
+
+    def offsets(base: LoadedBase, pairs: Sequence[RenderedPair], reference: Tensor) -> Tensor:
+        total = reference.new_zeros(len(pairs))
+        for name, adapter in spec.margins.items():
+            vector = read_adapter(resolve_adapter(adapter)).vector
+            total += spec.weights[name] * adapter_margins(base, vector, pairs, reference)
+        return total
+
+    return prepare_rows(recipe, rows, base, offsets)
+
+
+def spec_of(recipe: Recipe) -> ModpoSpec:
+    """The recipe's method."""
+    assert isinstance(recipe.method, ModpoSpec)
+    return recipe.method

@@ -1,0 +1,19 @@
+"""SFT on the chosen replies of ordinary pairs: the loss of a pair without its preference term."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lora_prefvec.recipe import DataSpec, Recipe
+from lora_prefvec.training.methods.dpo_lw import prepare, runs
+from lora_prefvec.training.objectives import Rows, load_rows
+from lora_prefvec.training.objectives import train_rows as make
+
+__all__ = ["load", "make", "prepare", "runs"]
+
+
+def load(recipe: Recipe) -> Rows:
+    """The recipe's pairs, none of which prefers anything: a strength of 0 leaves the likelihood of the chosen reply."""
+    assert isinstance(recipe.data, DataSpec)
+    rows = load_rows(recipe, {recipe.preference: 1.0}, lambda pair: None, {recipe.preference: recipe.data})
+    return replace(rows, train=[replace(row, strength=0.0) for row in rows.train])
