@@ -4,6 +4,7 @@ from lora_prefvec.artifact.approximate import Approximation, approximate
 from lora_prefvec.artifact.atomic import atomic_file, atomic_folder, check_output, check_target
 from lora_prefvec.artifact.base_facts import Base, find_base, need_base, read_base
 from lora_prefvec.artifact.calibration import keep_calibration, no_provenance, plain_coefficient
+from lora_prefvec.artifact.condition import check_condition, conditioned
 from lora_prefvec.artifact.describe import compare, describe, powers_of_two
 from lora_prefvec.artifact.export_gguf import GgufPlan, import_gguf, plan_gguf, write_gguf
 from lora_prefvec.artifact.export_mlx import MlxPlan, plan_mlx, write_mlx
@@ -27,6 +28,7 @@ from lora_prefvec.artifact.mixing import (
 )
 from lora_prefvec.artifact.provenance import (
     CalibrationFacts,
+    ConditionFacts,
     DataFacts,
     FoldFacts,
     Parent,
@@ -49,6 +51,7 @@ __all__ = [
     "Approximation",
     "Base",
     "CalibrationFacts",
+    "ConditionFacts",
     "DataFacts",
     "Dtype",
     "FoldFacts",
@@ -68,6 +71,7 @@ __all__ = [
     "atomic_folder",
     "base_identity",
     "beside",
+    "check_condition",
     "check_output",
     "check_same_base",
     "check_target",
@@ -75,6 +79,7 @@ __all__ = [
     "compare",
     "complaint",
     "compose",
+    "conditioned",
     "describe",
     "extract_provenance",
     "fill_adapter",

@@ -55,6 +55,20 @@ class ObjectiveFacts(_Facts):
     data: DataFacts | None = None
 
 
+class ConditionFacts(_Facts):
+    """How a conditional adapter is asked, in its prompt, for more or less of an axis.
+
+    Args:
+        kind: `levels` for a whole number on each axis (CPO), `direction` for a unit vector over all of them (DPA).
+        axes: axis -> the lowest and the highest level or component that it was trained on.
+        system: whether a direction stands in a system turn of its own; else it begins the first turn.
+    """
+
+    kind: Literal["levels", "direction"]
+    axes: dict[str, tuple[float, float]]
+    system: bool = False
+
+
 class TrainingFacts(_Facts):
     """How an adapter was trained; the whole of the settings is in `recipe.yaml` beside it.
 
@@ -167,6 +181,7 @@ class Provenance(_Facts):
         sides: `pair` for two runs, `two` for one two-sided run.
         base: the base that training saw; None where a plain adapter did not tell.
         fold: how it was added to a base; None for what is no fold.
+        condition: what its prompt can ask for; None for what is no conditional adapter.
         calibration: the unit of its coefficient; None where nobody measured it.
         metrics: name -> value, as measured when the artifact was made; None for what came out as NaN or infinite.
         weights_sha256: of `adapter_model.safetensors`; filled in when the folder is written.
@@ -185,6 +200,7 @@ class Provenance(_Facts):
     training: TrainingFacts | None = None
     parents: list[Parent] = Field(default_factory=list)
     fold: FoldFacts | None = None
+    condition: ConditionFacts | None = None
     calibration: CalibrationFacts | None = None
     metrics: dict[str, float | None] = Field(default_factory=dict)
     weights_sha256: str | None = None
