@@ -142,6 +142,11 @@ def load_rows(
                 f"no pair tells which reply is better for the objective {name!r}", "Look at its ratings or signs."
             )
     if isinstance(recipe.held_out, DataSpec):
+        if rated is None:
+            raise InputError(
+                "held_out names a data set of rated replies, and no objective learns from ratings",
+                "Give the number of pairs to set apart.",
+            )
         train = rows
         rated_held_out = read_rated(recipe.held_out, recipe.training.seed)
         held_out = list(filter(None, map(see, rated_pairs(rated_held_out.groups))))

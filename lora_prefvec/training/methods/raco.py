@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import torch
@@ -201,20 +202,19 @@ class RacoTrainer(ObjectivesTrainer):
             file.write(json.dumps(line) + "\n")
 
     def summary(self) -> dict[str, float]:
-        """Means over all steps: where p* lay, how far the gradients pointed apart, and how their lengths differed."""
+        """Over all steps, the mean place of p* and angle of the gradients, and the median ratio of their lengths."""
         lines = {line["step"]: line for line in map(json.loads, self._steps.read_text(encoding="utf-8").splitlines())}
         names, steps = list(self.method.objectives), list(lines.values())
 
-        def mean(values: list[float]) -> float:
-            return sum(values) / len(values)
-
-        found = {"interior_share": mean([float(min(one["p_star"]) > INSIDE) for one in steps])}
+        found = {"interior_share": fmean([float(min(one["p_star"]) > INSIDE) for one in steps])}
         for place, name in enumerate(names):
-            found[f"p_star.{name}"] = mean([one["p_star"][place] for one in steps])
-            found[f"p_clipped.{name}"] = mean([one["p_clipped"][place] for one in steps])
+            found[f"p_star.{name}"] = fmean([one["p_star"][place] for one in steps])
+            found[f"p_clipped.{name}"] = fmean([one["p_clipped"][place] for one in steps])
         for place, pair in enumerate(combinations(names, 2)):
-            found[f"cosine.{'.'.join(pair)}"] = mean([one["cosines"][place] for one in steps])
-        found["norm_ratio"] = mean([max(one["norms"]) / max(min(one["norms"]), 1e-300) for one in steps])
+            found[f"cosine.{'.'.join(pair)}"] = fmean([one["cosines"][place] for one in steps])
+        ratios = [max(one["norms"]) / min(one["norms"]) for one in steps if min(one["norms"]) > 0]
+        if ratios:  # a batch in which an objective only has ties gives it no gradient
+            found["norm_ratio"] = median(ratios)
         return found
 
 
