@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_prefvec.cli.live import Live, Quantization, find_live
-from lora_prefvec.cli.measure import base_facts, command_line, find_questions, find_scorers, loader, measures
+from lora_prefvec.cli.measure import asked_scorers, base_facts, command_line, find_questions, loader, measures
 from lora_prefvec.cli.options import live_mix, writes
 from lora_prefvec.errors import InputError
 from lora_prefvec.output import out
@@ -76,7 +76,7 @@ def sweep(
 
     live, ranges, fixed = find_ranges(refs, base, quantization, allow_mismatch)
     mixes = design(kind, ranges, fixed, points=points, seed=settings["seed"])
-    found = find_scorers(scorers, live.base)
+    found = asked_scorers(scorers, live.base)
     choose_axes(found, list(ranges), axes)
     questions = find_questions(prompts, limit, live.base)
     plan = Plan(mixes, [one.record for one in questions], **settings)

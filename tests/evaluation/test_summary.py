@@ -110,7 +110,7 @@ def test_a_report_of_a_sweep_in_which_nothing_has_a_say(tmp_path: Path) -> None:
         "settings": {"seed": 0},
         "scorers": {},
     }
-    run = {"command": "prefvec sweep", "seconds": 1, "replies_written": 0, "versions": {}}
+    run = {"command": "prefvec sweep", "seconds": 1, "replies_written": 0, "unread": {}, "versions": {}}
     write_report(tmp_path / "report.html", plan, summary, asked, run)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "There is no hypervolume" in page

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -14,7 +14,7 @@ from lora_prefvec.evaluation.scorers.judge import judge
 from lora_prefvec.evaluation.scorers.likelihood import KL, Fluency
 from lora_prefvec.evaluation.scorers.protocol import Scorer
 from lora_prefvec.evaluation.scorers.refusal import OverRefusal, Refusal
-from lora_prefvec.evaluation.scorers.reward import reward_model
+from lora_prefvec.evaluation.scorers.reward import RECIPES, reward_model
 from lora_prefvec.evaluation.scorers.text import Distinct, Tokens, Words
 
 GROUP = "lora_prefvec.scorers"
@@ -73,10 +73,28 @@ def find_scorer(reference: str) -> Scorer:
     return scorer
 
 
+def find_scorers(references: Sequence[str]) -> list[Scorer]:
+    """The scorers that references name.
+
+    Raises:
+        InputError: as `find_scorer`, or two have one name.
+    """
+    found: dict[str, Scorer] = {}
+    for reference in references:
+        scorer = find_scorer(reference)
+        if scorer.name in found:
+            raise InputError(
+                f"two scorers are called {scorer.name!r}",
+                "Give each axis once; a reward model or a judge is called otherwise with ?name=OTHER.",
+            )
+        found[scorer.name] = scorer
+    return list(found.values())
+
+
 def scorer_list() -> list[tuple[str, str]]:
-    """What can be written for a scorer, and what it says of a reply; installed sources last."""
+    """What can be written for a scorer, and what it says of a reply; installed sources, then recipes."""
     sources = [(f"{name}:NAME", f"scorers of {point.value.partition(':')[0]}") for name, point in _sources().items()]
-    return [*FORMS.items(), *sources]
+    return [*FORMS.items(), *sources, *RECIPES.items()]
 
 
 def _built_in(name: str) -> Scorer:
