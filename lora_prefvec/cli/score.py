@@ -107,9 +107,7 @@ def score(
     from lora_prefvec.artifact import check_target
 
     if list_:
-        from lora_prefvec.evaluation.scorers import scorer_list
-
-        out.table(["scorer", "what it says"], scorer_list())
+        show_scorers()
         return
     if pairs is None and (split or form):
         raise InputError(f"--{'split' if split else 'form'} is of pairs, and there are none", "Name them with --pairs.")
@@ -285,6 +283,18 @@ def show(scorers: Sequence[Scorer], answers: Sequence[Answer], scores: Scores) -
         said = better(one.direction) + (", a cost" if one.is_cost else "")
         rows.append(Row(one.name, mean(answers, [number(score) for score in scores[one.name]]), said))
     show_rows(rows, "replies")
+
+
+def show_scorers() -> None:
+    """What --scorer takes; the recipes each on a line of its own for people, who copy them, shell quotes and all."""
+    from lora_prefvec.evaluation.scorers import scorer_list
+    from lora_prefvec.evaluation.scorers.reward import RECIPES
+
+    human = out.format == "human"
+    out.table(["scorer", "what it says"], scorer_list() + ([] if human else list(RECIPES.items())))
+    if human:
+        print("Reward models of the papers:")
+        print("\n".join(f"\n{what}\n  --scorer '{scorer}'" for scorer, what in RECIPES.items()))
 
 
 def better(direction: int) -> str:

@@ -142,7 +142,7 @@ def show(summary: Summary, folder: Path) -> None:
     if len(shown) < len(summary.points):
         note += f"; the other {len(summary.points) - len(shown)} mixes stand in {report}"
     out.table(
-        [*(f"{name}=" for name in names), *(axis.replace("_", " ") for axis in axes), "front"],
+        [*map(head, names), *(axis.replace("_", " ") for axis in axes), "front"],
         [
             [*point.mix.values(), *(cell(point.scores[axis]) for axis in axes), mark(summary, i)]
             for i, point in enumerate(summary.points)
@@ -154,6 +154,11 @@ def show(summary: Summary, folder: Path) -> None:
         if summary.hypervolume is not None:
             print(f"Hypervolume of the front against the base: {summary.hypervolume:.4g}")
         print(f"Report: {report}")
+
+
+def head(name: str) -> str:
+    """The name of a vector above its coefficients, in as narrow a column as it can have."""
+    return f"{name}=".replace("-", "-\n")
 
 
 def cell(score: Score) -> str | None:

@@ -26,7 +26,7 @@ from lora_prefvec.cli.measure import (
     tell_costs,
 )
 from lora_prefvec.cli.options import live_mix, writes
-from lora_prefvec.cli.sweep import cell, find_ranges
+from lora_prefvec.cli.sweep import cell, find_ranges, head
 from lora_prefvec.errors import InputError, Interrupted
 from lora_prefvec.output import out
 
@@ -275,16 +275,17 @@ def show(tuned: Tuned, files: Sequence[Path]) -> None:
         return
     names, axes = list(tuned.answers[0].mix), list(tuned.base.scores)
     least = [min(answer.confidence.values(), default=None) for answer in tuned.answers]
-    sure = [None, *(None if one is None else f"{one:.0%} sure" for one in least)]
+    sure = [None, *(None if one is None else f"{one:.0%}" for one in least)]
     stopped = sum(one.whole is None for one in tuned.tried)
     out.table(
-        [*(f"{name}=" for name in names), *(axis.replace("_", " ") for axis in axes), "bounds kept"],
+        [*map(head, names), *(axis.replace("_", " ") for axis in axes), "kept"],
         [
             [*(point.mix.get(name, 0.0) for name in names), *(cell(point.scores[axis]) for axis in axes), kept]
             for point, kept in zip(tuned.points, sure, strict=True)
         ],
         title=str(tuned.wish),
-        note=f"On fresh prompts, the base first. {len(tuned.tried)} mixes were tried, {stopped} of them stopped early.",
+        note=f"On fresh prompts, the base first; kept: how sure the bounds are kept. {len(tuned.tried)} mixes were "
+        f"tried, {stopped} of them stopped early.",
     )
     if tuned.shortfall:
         nearest = written_mix(tuned.answers[0].mix)

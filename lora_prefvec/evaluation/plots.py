@@ -132,7 +132,7 @@ def draw_table(panel: Any, table: Table, axis: str, direction: int) -> None:
         for (column, row), number in table.front.items():
             colour = ink(image, cells[row, column])
             frame(panel, column, row, colour, "-")
-            panel.text(column - 0.44, row + 0.42, str(number), va="top", color=colour, fontsize=7, weight="bold")
+            panel.text(column - 0.44, row + 0.42, str(number), va="top", color=colour, fontsize=8, weight="bold")
     else:
         if min(cells.shape) > 1 and low < high:
             panel.clabel(panel.contour(cells, levels=6, colors="white", linewidths=1), fontsize=8)

@@ -200,6 +200,9 @@ def test_the_list_names_every_form(run: Run) -> None:
     assert code == 0
     names = [line.split("\t")[0] for line in told.splitlines()]
     assert {"refusal", "fluency", "kl", "sandbox:NAME"} <= set(names)
+    cost = "reward:PKU-Alignment/beaver-7b-unified-cost?sign=-1&name=harmless"
+    assert cost in names
+    assert f"\n  --scorer '{cost}'\n" in run("score", "--list")[1]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from lora_prefvec.evaluation.scorers.judge import judge
 from lora_prefvec.evaluation.scorers.likelihood import KL, Fluency
 from lora_prefvec.evaluation.scorers.protocol import Scorer
 from lora_prefvec.evaluation.scorers.refusal import OverRefusal, Refusal
-from lora_prefvec.evaluation.scorers.reward import RECIPES, reward_model
+from lora_prefvec.evaluation.scorers.reward import reward_model
 from lora_prefvec.evaluation.scorers.text import Distinct, Tokens, Words
 
 GROUP = "lora_prefvec.scorers"
@@ -92,9 +92,9 @@ def find_scorers(references: Sequence[str]) -> list[Scorer]:
 
 
 def scorer_list() -> list[tuple[str, str]]:
-    """What can be written for a scorer, and what it says of a reply; installed sources, then recipes."""
+    """What can be written for a scorer, and what it says of a reply; installed sources last."""
     sources = [(f"{name}:NAME", f"scorers of {point.value.partition(':')[0]}") for name, point in _sources().items()]
-    return [*FORMS.items(), *sources, *RECIPES.items()]
+    return [*FORMS.items(), *sources]
 
 
 def _built_in(name: str) -> Scorer:

@@ -34,9 +34,9 @@ from lora_prefvec.inference.base import Quantization
 from lora_prefvec.inference.render import chat_ids
 
 RECIPES = {
-    "reward:PKU-Alignment/beaver-7b-unified-reward?name=helpful": "Safe-RLHF's reward, PV's measure of helpfulness",
-    "reward:PKU-Alignment/beaver-7b-unified-cost?sign=-1&name=harmless": "its negative cost: above 0 is harmless",
-    "reward:Skywork/Skywork-Reward-V2-Qwen3-0.6B?name=preferred": "both in one, by a small model",
+    "reward:PKU-Alignment/beaver-7b-unified-reward?name=helpful": "Safe-RLHF's reward",
+    "reward:PKU-Alignment/beaver-7b-unified-cost?sign=-1&name=harmless": "Safe-RLHF's cost, turned round",
+    "reward:Skywork/Skywork-Reward-V2-Qwen3-0.6B?name=preferred": "helpful and harmless in one, small",
     "reward:RLHFlow/ArmoRM-Llama3-8B-v0.1#beavertails-is_safe?name=harmless": "one of ArmoRM's 19 attributes",
 }
 OPTIONS = ("sign", "name", "quantization", "template")
