@@ -21,7 +21,7 @@ from lora_prefvec.cli.measure import (
     tell_costs,
 )
 from lora_prefvec.cli.options import live_mix, writes
-from lora_prefvec.errors import InputError, PrefvecError
+from lora_prefvec.errors import InputError, Interrupted, PrefvecError
 from lora_prefvec.output import out
 from lora_prefvec.progress import progress
 
@@ -141,12 +141,14 @@ def score(
     try:
         for scorer in found:
             scores[scorer.name] = graded(scorer, answers, load)
-    except PrefvecError as error:
+    except (PrefvecError, KeyboardInterrupt) as error:
         if out_ is None or replies is not None:
             raise
         save(out_, force, answers, scores)
-        fix = f"{error.fix} The replies are in {out_}; score them with --replies."
-        raise type(error)(error.problem, fix) from None
+        kept = f"The replies are in {out_}; score them with --replies."
+        if isinstance(error, PrefvecError):
+            raise type(error)(error.problem, f"{error.fix} {kept}") from None
+        raise Interrupted(kept) from None
     if out_ is not None:
         save(out_, force, answers, scores)
     show(found, answers, scores)

@@ -83,6 +83,22 @@ def test_what_was_written_is_kept_when_a_scorer_fails(run: Run, prompts: str, mi
     assert [set(one["scores"]) for one in lines] == [{"length"}] * 2
 
 
+def test_what_was_written_is_kept_when_it_is_stopped(
+    run: Run, prompts: str, mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_prefvec.cli.score.graded", stopped)
+    out = tmp_path / "out.jsonl"
+    code, _, told = run(
+        "score", "helpful=1", "--prompts", prompts, "--scorer", f"{mine}:length", "--out", str(out), *SHORT
+    )
+    assert code == 130
+    assert f"interrupted: The replies are in {out}; score them with --replies." in told
+    assert all("reply" in json.loads(line) for line in out.read_text().splitlines())
+
+
 def test_what_a_judge_costs_is_said_before_and_what_it_mumbles_after(
     run: Run, replies: str, prompts: str, judge: StandInJudge
 ) -> None:
