@@ -8,7 +8,7 @@ import pytest
 
 from lora_prefvec.errors import InputError
 from lora_prefvec.evaluation import Score, hypervolume, summarise
-from lora_prefvec.evaluation.report import cell, samples, verdict, write_report
+from lora_prefvec.evaluation.report import cell, digits, samples, verdict, write_report
 from lora_prefvec.evaluation.rows import Plan
 from tests.evaluation.points import AXES, MEANS, Axis, point, swept
 
@@ -97,6 +97,11 @@ def test_samples_are_those_on_which_the_scores_differ(n: int) -> None:
         assert [reply for _, reply in sample.replies] == [f"reply {number * n} <b>"] * len(sample.replies)
     assert shown[0].replies[0][0] == "base"
     assert shown[0].replies[-1][0].startswith(f"{len(summary.front)}: helpful=")
+
+
+def test_numbers_show_what_counts() -> None:
+    assert [digits(value) for value in (0.5, 12.345, 0.0123, 0.0, -0.004)] == "0.50 12.35 0.012 0.00 -0.004".split()
+    assert digits(5.8e-18, "+") == digits(0.0, "+") == "+0.00"
 
 
 def test_a_report_of_a_sweep_in_which_nothing_has_a_say(tmp_path: Path) -> None:
