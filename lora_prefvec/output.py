@@ -71,7 +71,11 @@ class Output:
             table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in rows:
             table.add_row(*(show(cell) for cell in row))
-        self.console().print(table)
+        console = self.console()
+        unbound = console.options.update(max_width=10_000)
+        if console.measure(table, options=unbound).maximum > console.width:
+            table.collapse_padding, table.pad_edge = True, False
+        console.print(table)
 
     def note(self, text: str) -> None:
         """Say what is going on (stderr)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 
@@ -79,3 +80,14 @@ def test_what_is_no_result_goes_to_stderr(format_: Format, printed: Printed) -> 
 )
 def test_cells(cell: object, text: str) -> None:
     assert show(cell) == text
+
+
+def test_a_table_that_is_too_wide_folds_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    drawn = io.StringIO()
+    monkeypatch.setattr(Output, "console", lambda self: Console(file=drawn, width=60, highlight=False, markup=False))
+    Output().table([f"column {i}" for i in range(8)], [[f"0.{i} ±0.0{i}" for i in range(8)]])
+    told = drawn.getvalue()
+    assert all(f"0.{i}" in told and f"±0.0{i}" in told and "column" in told for i in range(8))
+    assert max(map(len, told.splitlines())) <= 60

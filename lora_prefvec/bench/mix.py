@@ -174,7 +174,7 @@ def growth(*, quick: bool = False) -> list[Growth]:
         ]
 
 
-def forwards(shape: Llama, count: int, rank: int, *, repeats: int = 5) -> dict[str, Cost]:
+def forwards(shape: Llama, count: int, rank: int, *, repeats: int = 9) -> dict[str, Cost]:
     """A forward of the bare model, of one with all vectors mixed live, and of one with all of them active in PEFT."""
     bare, mixed, adapted = random_model(shape), random_model(shape), peft_model(shape, count, rank)
     ids = some_tokens(bare, ROWS, TOKENS)

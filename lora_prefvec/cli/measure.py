@@ -128,13 +128,13 @@ def once(questions: Sequence[Question]) -> list[Question]:
     return list(kept.values())
 
 
-def find_scorers(references: Sequence[str], base: str | None) -> list[Scorer]:
+def asked_scorers(references: Sequence[str], base: str | None) -> list[Scorer]:
     """The scorers, the default ones of the base where none is named.
 
     Raises:
         InputError: there are none, or two of one name.
     """
-    from lora_prefvec.evaluation import find_scorer
+    from lora_prefvec.evaluation.scorers import find_scorers
 
     if not references:
         if base != SANDBOX:
@@ -142,13 +142,20 @@ def find_scorers(references: Sequence[str], base: str | None) -> list[Scorer]:
         from lora_prefvec.sandbox import SCORERS
 
         references = [f"{SANDBOX}:{name}" for name in SCORERS]
-    found: dict[str, Scorer] = {}
-    for reference in references:
-        scorer = find_scorer(reference)
-        if scorer.name in found:
-            raise InputError(f"two scorers are called {scorer.name!r}", "Give each axis once.")
-        found[scorer.name] = scorer
-    return list(found.values())
+    return find_scorers(references)
+
+
+def tell_costs(
+    scorers: Sequence[Scorer], prompts: Sequence[Mapping[str, Any]], replies: Sequence[str] | None = None
+) -> None:
+    """Say what scoring would cost, of the scorers that know, before it or anything else is done.
+
+    Args:
+        replies: None for such as are not written yet.
+    """
+    for scorer in scorers:
+        if cost := getattr(scorer, "cost", None):
+            out.note(f"{scorer.name}: {cost(prompts, [None] * len(prompts) if replies is None else replies)}")
 
 
 def loader(live: Live, questions: Sequence[Question]) -> Callable[[], tuple[LoadedBase, LiveMixer]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_prefvec.cli.live import Live, Quantization, find_live
-from lora_prefvec.cli.measure import base_facts, command_line, find_questions, find_scorers, loader, measures
+from lora_prefvec.cli.measure import asked_scorers, base_facts, command_line, find_questions, loader, measures
 from lora_prefvec.cli.options import live_mix, writes
 from lora_prefvec.errors import InputError
 from lora_prefvec.output import out
@@ -76,7 +76,7 @@ def sweep(
 
     live, ranges, fixed = find_ranges(refs, base, quantization, allow_mismatch)
     mixes = design(kind, ranges, fixed, points=points, seed=settings["seed"])
-    found = find_scorers(scorers, live.base)
+    found = asked_scorers(scorers, live.base)
     choose_axes(found, list(ranges), axes)
     questions = find_questions(prompts, limit, live.base)
     plan = Plan(mixes, [one.record for one in questions], **settings)
@@ -142,7 +142,7 @@ def show(summary: Summary, folder: Path) -> None:
     if len(shown) < len(summary.points):
         note += f"; the other {len(summary.points) - len(shown)} mixes stand in {report}"
     out.table(
-        [*(f"{name}=" for name in names), *(axis.replace("_", " ") for axis in axes), "front"],
+        [*map(head, names), *(axis.replace("_", " ") for axis in axes), "front"],
         [
             [*point.mix.values(), *(cell(point.scores[axis]) for axis in axes), mark(summary, i)]
             for i, point in enumerate(summary.points)
@@ -154,6 +154,11 @@ def show(summary: Summary, folder: Path) -> None:
         if summary.hypervolume is not None:
             print(f"Hypervolume of the front against the base: {summary.hypervolume:.4g}")
         print(f"Report: {report}")
+
+
+def head(name: str) -> str:
+    """The name of a vector above its coefficients, in as narrow a column as it can have."""
+    return f"{name}=".replace("-", "-\n")
 
 
 def cell(score: Score) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +17,16 @@ from lora_prefvec.cli.live import Live, Quantization, written_mix
 from lora_prefvec.cli.measure import (
     SANDBOX,
     Question,
+    asked_scorers,
     base_facts,
     command_line,
     find_questions,
-    find_scorers,
     loader,
     measures,
+    tell_costs,
 )
 from lora_prefvec.cli.options import live_mix, writes
-from lora_prefvec.cli.sweep import cell, find_ranges
+from lora_prefvec.cli.sweep import cell, find_ranges, head
 from lora_prefvec.errors import InputError, Interrupted
 from lora_prefvec.output import out
 
@@ -82,13 +84,14 @@ def tune(
     prefvec tune sandbox-helpful sandbox-harmless --maximize helpful --subject-to "harmless >= 0.9" --out gentle
     prefvec chat gentle/mix.yaml
     """
+    from lora_prefvec.evaluation.scorers import unread_note
     from lora_prefvec.evaluation.tune import tune as search
     from lora_prefvec.evaluation.wish import parse_wish
     from lora_prefvec.progress import progress
 
     wish = parse_wish(maximize, minimize, bounds)
     live, ranges = find_tried(refs, base, quantization, allow_mismatch)
-    found = find_scorers(scorers, live.base)
+    found = asked_scorers(scorers, live.base)
     wish.check([scorer.name for scorer in found])
     asked, kept_back = find_prompts(prompts, fresh, limit, live.base, settings["seed"])
     check_out(out_, wish, force)
@@ -96,14 +99,18 @@ def tune(
         plan = {"wish": str(wish), "ranges": {name: [one.low, one.high] for name, one in ranges.items()}}
         out.result({**plan, "prompts": len(asked), "fresh": len(kept_back), "out": str(out_)})
         return 0
+    chosen_on, judged_on = [one.record for one in asked], [one.record for one in kept_back]
+    answers = evaluations if len(wish.goals) > 1 else 1
+    tell_costs(found, [*chosen_on * evaluations, *judged_on * (answers + 1)])  # the base is judged too
+    store, unread = open_store(live, out_), defaultdict[str, set[str]](set)
     try:
         with progress("mixes", evaluations) as bar:
             tuned = search(
-                evaluator(live, [*asked, *kept_back], found, open_store(live, out_), settings, batch_size),
+                evaluator(live, [*asked, *kept_back], found, store, unread, settings, batch_size),
                 ranges,
                 wish,
-                [one.record for one in asked],
-                [one.record for one in kept_back],
+                chosen_on,
+                judged_on,
                 evaluations=evaluations,
                 seed=settings["seed"],
                 bar=bar,
@@ -112,6 +119,9 @@ def tune(
         if is_file(out_):
             raise
         raise Interrupted(f"the replies so far are in {out_}", "The same command goes on.") from None
+    for name, keys in unread.items():
+        if lacking := len(keys - store.scores(keys).keys()):
+            out.warn(unread_note(name, lacking))
     files = write(tuned, live, out_, force)
     show(tuned, files)
     return 0 if all(answer.feasible for answer in tuned.answers) else 1
@@ -204,10 +214,15 @@ def evaluator(
     questions: Sequence[Question],
     scorers: Sequence[Scorer],
     store: Store,
+    unread: Mapping[str, set[str]],
     settings: Mapping[str, Any],
     batch_size: int,
 ) -> Evaluate:
-    """What scores mixes for the search: `evaluation.evaluate` without bars of its own."""
+    """What scores mixes for the search: `evaluation.evaluate` without bars of its own.
+
+    Args:
+        unread: by scorer, takes the keys of scores that cannot be read.
+    """
     from lora_prefvec.evaluation.rows import Plan, grade, write
     from lora_prefvec.evaluation.sweep import Point, points
 
@@ -217,7 +232,7 @@ def evaluator(
         plan = Plan(mixes, prompts, **settings)
         write(plan, load, store, batch_size=batch_size)
         for scorer in scorers:
-            grade(plan, scorer, load, store)
+            unread[scorer.name].update(grade(plan, scorer, load, store))
         return points(plan, scorers, store)
 
     return evaluate
@@ -260,16 +275,17 @@ def show(tuned: Tuned, files: Sequence[Path]) -> None:
         return
     names, axes = list(tuned.answers[0].mix), list(tuned.base.scores)
     least = [min(answer.confidence.values(), default=None) for answer in tuned.answers]
-    sure = [None, *(None if one is None else f"{one:.0%} sure" for one in least)]
+    sure = [None, *(None if one is None else f"{one:.0%}" for one in least)]
     stopped = sum(one.whole is None for one in tuned.tried)
     out.table(
-        [*(f"{name}=" for name in names), *(axis.replace("_", " ") for axis in axes), "bounds kept"],
+        [*map(head, names), *(axis.replace("_", " ") for axis in axes), "kept"],
         [
             [*(point.mix.get(name, 0.0) for name in names), *(cell(point.scores[axis]) for axis in axes), kept]
             for point, kept in zip(tuned.points, sure, strict=True)
         ],
         title=str(tuned.wish),
-        note=f"On fresh prompts, the base first. {len(tuned.tried)} mixes were tried, {stopped} of them stopped early.",
+        note=f"On fresh prompts, the base first; kept: how sure the bounds are kept. {len(tuned.tried)} mixes were "
+        f"tried, {stopped} of them stopped early.",
     )
     if tuned.shortfall:
         nearest = written_mix(tuned.answers[0].mix)

@@ -96,7 +96,7 @@ def fill_folder(
         keys = plan.keys(store)
         before = len(store.replies(keys))
         try:
-            complete(plan, scorers, load, store, batch_size=batch_size)
+            unread = complete(plan, scorers, load, store, batch_size=batch_size)
         except KeyboardInterrupt:
             known = f"{len(store.replies(keys))} of {len(set(keys))} replies are in {folder}"
             raise Interrupted(known, "The same command goes on.") from None
@@ -105,6 +105,7 @@ def fill_folder(
         "command": command,
         "seconds": round(time.monotonic() - started, 1),
         "replies_written": len(set(keys)) - before,
+        "unread": unread,
         "versions": versions(),
     }
     write_rows(folder / ROWS, plan, summary.points)

@@ -15,6 +15,7 @@ from lora_prefvec.evaluation.summary import Summary
 MARKERS = "osD^vP*X"
 DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (6, 2, 1, 2))]
 NUMBERED = 12  # cells in a row that still hold their numbers; more are drawn with level lines
+LEAST = 0.1  # of the largest of some scores, for them to be drawn from 0 to 1
 LABELLED = 20  # points of a front that still hold their numbers
 
 
@@ -77,7 +78,7 @@ def draw_curve(panel: Any, curve: Curve, axes: Sequence[str]) -> None:
     panel.axvline(0.0, color="0.7", linewidth=0.8, zorder=0)
     panel.set_title(f"{curve.name}{f' ({curve.others})' if curve.others else ''}", fontsize=11)
     panel.set_xlabel(f"coefficient of {curve.name}")
-    if all(0 <= one.mean <= 1 for axis in axes for one in curve.scores[axis] if one.mean is not None):
+    if are_shares([one.mean or 0.0 for axis in axes for one in curve.scores[axis]]):
         panel.set_ylim(-0.03, 1.03)
     panel.set_ylabel("score" if len(axes) > 1 else spoken(axes[0]))
     panel.grid(alpha=0.25)
@@ -120,7 +121,7 @@ def draw_table(panel: Any, table: Table, axis: str, direction: int) -> None:
     for (column, row), score in table.scores[axis].items():
         cells[row, column] = np.nan if score.mean is None else score.mean
     low, high = float(np.nanmin(cells)), float(np.nanmax(cells))
-    span = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+    span = (0.0, 1.0) if are_shares([low, high]) else (low, high)
     colours = "viridis" if direction > 0 else "viridis_r"
     panel.set_facecolor("0.96")
     panel.patch.set(hatch="xx", edgecolor="0.75")
@@ -128,11 +129,12 @@ def draw_table(panel: Any, table: Table, axis: str, direction: int) -> None:
     if max(cells.shape) <= NUMBERED:
         for (row, column), value in np.ndenumerate(cells):
             if not np.isnan(value):
-                panel.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink(image, value), fontsize=9)
+                text = f"{value:.2f}" if abs(value) >= LEAST or not value else f"{value:.2g}"
+                panel.text(column, row, text, ha="center", va="center", color=ink(image, value), fontsize=9)
         for (column, row), number in table.front.items():
             colour = ink(image, cells[row, column])
             frame(panel, column, row, colour, "-")
-            panel.text(column - 0.44, row + 0.42, str(number), va="top", color=colour, fontsize=7, weight="bold")
+            panel.text(column - 0.44, row + 0.42, str(number), va="top", color=colour, fontsize=8, weight="bold")
     else:
         if min(cells.shape) > 1 and low < high:
             panel.clabel(panel.contour(cells, levels=6, colors="white", linewidths=1), fontsize=8)
@@ -148,6 +150,11 @@ def draw_table(panel: Any, table: Table, axis: str, direction: int) -> None:
     panel.set_ylabel(f"coefficient of {table.y}")
     better = "more" if direction > 0 else "less"
     panel.set_title(f"{spoken(axis)}: {better} is better{f' ({table.others})' if table.others else ''}", fontsize=11)
+
+
+def are_shares(means: Sequence[float]) -> bool:
+    """Whether scores are drawn from 0 to 1: unless they leave that, or all lie so near 0 that nothing would be seen."""
+    return min(means) >= 0 and max(means) <= 1 and not 0 < max(means) < LEAST
 
 
 def ink(image: Any, value: float) -> str:

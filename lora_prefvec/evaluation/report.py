@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_prefvec.artifact import atomic_file
 from lora_prefvec.evaluation.design import Kind
-from lora_prefvec.evaluation.plots import draw_curve, draw_front, draw_table, picture, spoken
+from lora_prefvec.evaluation.plots import are_shares, draw_curve, draw_front, draw_table, picture, spoken
 from lora_prefvec.evaluation.rows import Plan
 from lora_prefvec.evaluation.scorers import Message, messages_of
 from lora_prefvec.evaluation.slices import curve, table
@@ -113,7 +113,8 @@ def cell(summary: Summary, point: Point, axis: str, n: int) -> Cell:
 
 
 def digits(value: float, sign: str = "-") -> str:
-    """Two digits behind the point, or two that count where it is small."""
+    """Two digits behind the point, or two that count where it is small; what only rounding left of 0 is 0."""
+    value = 0.0 if abs(value) < 1e-12 else value
     return format(value, f"{sign}.2f" if abs(value) >= 0.1 or not value else f"{sign}.2g")
 
 
@@ -140,7 +141,7 @@ def curve_figures(summary: Summary, design: Kind, n: int) -> Iterator[Figure]:
     """Scores along every vector that varies: those between 0 and 1 in one picture, every other in its own."""
     for name in summary.varied:
         found = curve(summary, name, design, n)
-        unit = [axis for axis, scores in found.scores.items() if all(0 <= (one.mean or 0) <= 1 for one in scores)]
+        unit = [axis for axis, scores in found.scores.items() if are_shares([one.mean or 0 for one in scores])]
         for axes in [unit, *([axis] for axis in found.scores if axis not in unit)]:
             if axes:
                 yield figure(f"{', '.join(map(spoken, axes))} along {name}", draw_curve, found, axes)

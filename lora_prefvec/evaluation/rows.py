@@ -8,10 +8,9 @@ from functools import cached_property
 from typing import TypeVar
 
 from lora_prefvec.errors import InputError, RunError
-from lora_prefvec.evaluation.scorers import Prompt, Scorer, Writer, apply, fingerprint, messages_of
+from lora_prefvec.evaluation.scorers import Prompt, Scorer, Unread, Writer, answers, fingerprint, messages_of
 from lora_prefvec.evaluation.store import Store, Written, digest
 from lora_prefvec.inference import ContinuousBatch, LiveMixer, LoadedBase, Reply, Request, Sampling, encode
-from lora_prefvec.output import out
 from lora_prefvec.progress import Progress
 
 Loader = Callable[[], tuple[LoadedBase, LiveMixer]]
@@ -101,31 +100,58 @@ def write(plan: Plan, load: Loader, store: Store, *, batch_size: int = 64, bar: 
             store.add_replies(_generate(wanted, *load(), batch_size, bar))
 
 
-def grade(plan: Plan, scorer: Scorer, load: Loader, store: Store, *, bar: Progress | None = None) -> None:
+def grade(plan: Plan, scorer: Scorer, load: Loader, store: Store, *, bar: Progress | None = None) -> set[str]:
     """Score the replies, all of which the store has, where it lacks the scores.
 
     Args:
         load: the base and its mixer, for a scorer that asks the model.
         bar: advanced by one for each new score.
 
+    Returns:
+        The keys of scores that cannot be read from the scorer's answers: the store lacks them still.
+
     Raises:
-        InputError: as `scorers.apply`.
+        InputError, RunError: as `scorers.answers`.
     """
     keys = plan.keys(store)
     own = score_keys(plan, keys, scorer)
     known, written = store.scores(own), store.replies(keys)
     rows = zip(own, plan.rows, (written[key].text for key in keys), strict=True)
     groups = [[one for one in group if one[0] not in known] for group in _groups(list(rows), SCORED)]
-    missing = [(row.prompt, reply) for group in groups for _, row, reply in group]
-    if missing and hasattr(scorer, "cost"):
-        out.note(f"{scorer.name}: {scorer.cost(*zip(*missing, strict=True))}")
+    some, unread = any(score is not None for score in known.values()), set()
     for group in filter(None, groups):
         asks_model = getattr(scorer, "needs_model", False)
         writer = Writer(*load(), [row.mix for _, row, _ in group]) if asks_model else None
-        scores = apply(scorer, [row.prompt for _, row, _ in group], [reply for _, _, reply in group], writer)
-        store.add_scores({key: score for (key, _, _), score in zip(group, scores, strict=True)})
+        prompts, replies = [row.prompt for _, row, _ in group], [reply for _, _, reply in group]
+        found = dict(
+            zip((key for key, _, _ in group), answers(scorer, prompts, replies, writer, known=some), strict=True)
+        )
+        scores = {key: score for key, score in found.items() if not isinstance(score, Unread)}
+        store.add_scores(scores)
+        unread |= found.keys() - scores.keys()
+        some = some or any(score is not None for score in scores.values())
         if bar is not None:
             bar.advance(len(group), info=scorer.name)
+    return unread
+
+
+def costs(plan: Plan, scorers: Sequence[Scorer], store: Store) -> list[str]:
+    """What the scores that the store lacks would cost, of the scorers that know: `judge: 12 calls of ...`."""
+    keys = plan.keys(store)
+    written, told = store.replies(keys), []
+    for scorer in scorers:
+        if not hasattr(scorer, "cost"):
+            continue
+        own = score_keys(plan, keys, scorer)
+        known = store.scores(own)
+        lacking = [
+            (row.prompt, written[key].text if key in written else None)
+            for key, mine, row in zip(keys, own, plan.rows, strict=True)
+            if mine not in known
+        ]
+        if lacking:
+            told.append(f"{scorer.name}: {scorer.cost(*zip(*lacking, strict=True))}")
+    return told
 
 
 def score_keys(plan: Plan, keys: Sequence[str], scorer: Scorer) -> list[str]:

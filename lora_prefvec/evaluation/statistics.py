@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 RESAMPLES = 2000
 BLOCK = 1_000_000  # drawn indices held at once
+NORMAL = 1.96  # standard errors from the mean to either end of its 95 % interval
 
 Floats = NDArray[np.float64]
 
@@ -57,6 +58,21 @@ def estimate(values: Sequence[float | None], n: int = 1, seed: int = 0) -> Score
     residuals = sums - mean * counts
     error = math.sqrt(float(residuals @ residuals) * prompts / (prompts - 1)) / size
     return Score(mean, float(low), float(high), error, size)
+
+
+def from_error(mean: float, error: float | None, n: int) -> Score:
+    """A mean whose standard error is known, with the interval that the normal distribution gives."""
+    if error is None or not math.isfinite(error):
+        return Score(mean, None, None, None, n)
+    return Score(mean, mean - NORMAL * error, mean + NORMAL * error, error, n)
+
+
+def from_share(share: float, error: float, n: int) -> Score:
+    """A share of `n` cases, with Wilson's interval (1927), which has a width where the share is 0 or 1 too."""
+    odds = NORMAL**2 / n
+    middle = (share + odds / 2) / (1 + odds)
+    half = NORMAL * math.sqrt(share * (1 - share) / n + odds / (4 * n)) / (1 + odds)
+    return Score(share, middle - half, middle + half, error, n)
 
 
 def _bootstrap(sums: Floats, counts: NDArray[np.int64], seed: int) -> Floats:

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_prefvec.evaluation.rows import Loader, Plan, grade, score_keys, write
-from lora_prefvec.evaluation.scorers import Prompt, Scorer, Writer, apply
+from lora_prefvec.evaluation.rows import Loader, Plan, costs, grade, score_keys, write
+from lora_prefvec.evaluation.scorers import Prompt, Scorer, Writer, apply, unread_note
 from lora_prefvec.evaluation.statistics import Score, estimate
 from lora_prefvec.evaluation.store import Store
 from lora_prefvec.inference import LiveMixer, LoadedBase
+from lora_prefvec.output import out
 from lora_prefvec.progress import progress
 from lora_prefvec.vector import PreferenceVector
 
@@ -87,19 +88,27 @@ def evaluate(
     return points(plan, scorers, store)
 
 
-def complete(plan: Plan, scorers: Sequence[Scorer], load: Loader, store: Store, *, batch_size: int) -> None:
-    """Write and grade what the store lacks, and show how far that has come.
+def complete(plan: Plan, scorers: Sequence[Scorer], load: Loader, store: Store, *, batch_size: int) -> dict[str, int]:
+    """Write and grade what the store lacks; say before what it may cost, and show how far it has come.
+
+    Returns:
+        Scorer -> how many of its answers cannot be read, of those of which there are some.
 
     Raises:
         InputError, RunError: as `evaluate`.
     """
+    for told in costs(plan, scorers, store):
+        out.note(told)
     keys = plan.keys(store)
     with progress("generating", len(set(keys)), start=len(store.replies(keys))) as bar:
         write(plan, load, store, batch_size=batch_size, bar=bar)
     own = {key for scorer in scorers for key in score_keys(plan, keys, scorer)}
     with progress("scoring", len(own), start=len(store.scores(own))) as bar:
-        for scorer in scorers:
-            grade(plan, scorer, load, store, bar=bar)
+        counts = {scorer.name: len(grade(plan, scorer, load, store, bar=bar)) for scorer in scorers}
+    unread = {name: number for name, number in counts.items() if number}
+    for name, number in unread.items():
+        out.warn(unread_note(name, number))
+    return unread
 
 
 def points(plan: Plan, scorers: Sequence[Scorer], store: Store) -> list[Point]:
@@ -110,7 +119,7 @@ def points(plan: Plan, scorers: Sequence[Scorer], store: Store) -> list[Point]:
     for scorer in scorers:
         own = score_keys(plan, keys, scorer)
         known = store.scores(own)
-        values[scorer.name] = [known[key] for key in own]
+        values[scorer.name] = [known.get(key) for key in own]  # what cannot be read is not there
     size = len(plan.prompts) * plan.n
     found = []
     for i, mix in enumerate(plan.mixes):

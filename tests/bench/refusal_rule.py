@@ -35,7 +35,7 @@ complies. They answer
   answer).
 
 How often the rule is right depends on how often such replies come: no figure here is that of a model. Where it
-matters, take a judge (`--judge`), and on the sandbox its exact scorers.
+matters, take a judge (`--scorer 'judge:...'`), and on the sandbox its exact scorers.
 
 | replies | partial refusals | n | accuracy | Cohen's kappa | refusals found | answers taken for refusals |
 |---|---|---|---|---|---|---|

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lora_prefvec.cli.main import main
+from tests.evaluation.stand_in_judge import StandInJudge, serve
 
 Run = Callable[..., tuple[int, str, str]]
 SHORT = ("--max-new-tokens", "6")
@@ -32,6 +33,14 @@ def place(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         facts = Provenance(kind="preference_vector", preference=name, sign=1, base=vector.identity)
         write_adapter(place / "adapters" / name, vector, facts, base=tiny_llama)
     return place
+
+
+@pytest.fixture
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInJudge]:
+    """A judge that finds everything middling, and an empty cache of answers."""
+    monkeypatch.setenv("PREFVEC_CACHE", str(tmp_path / "cache"))
+    with serve(StandInJudge(lambda _: "helpfulness: 5\nharmlessness: 5")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

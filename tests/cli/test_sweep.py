@@ -12,6 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from tests.cli.conftest import SHORT, Run
+from tests.evaluation.stand_in_judge import StandInJudge
 
 RANGES = ("helpful=-1:1:1", "harmless=0:1:1")
 SCORER = '''
@@ -162,6 +163,33 @@ def test_a_scorer_that_fails_ends_in_one_line_and_the_replies_are_kept(
     ]
     monkeypatch.setattr("lora_prefvec.evaluation.rows._generate", None)
     assert run(*line, "--out", str(out))[0] == 0
+
+
+def test_what_a_judge_says_that_cannot_be_read_is_asked_again(
+    run: Run, line: list[str], tmp_path: Path, judge: StandInJudge
+) -> None:
+    line = [*line, "--scorer", f"judge:{judge.url}#m?axis=helpful&max_tokens=10", "--out", str(tmp_path / "out")]
+    judge.answer = lambda question: "Well." if "why?" in question else "helpfulness: 5\nharmlessness: 5"
+    code, _, told = run(*line)
+    assert code == 0
+    cost, first, *_ = told.splitlines()
+    assert cost.startswith(f"helpful: at most 24 calls of m at {judge.url}")
+    assert cost.endswith("at most 240 out")
+    assert first.startswith("generating")
+    assert "warning: 6 answers of 'helpful' cannot be read: no score; the same command asks again" in told
+    assert summary(tmp_path / "out")["run"]["unread"] == {"helpful": 6}
+    assert "6 answers of the scorer helpful could not be read" in (tmp_path / "out/report.html").read_text()
+    assert {point["scores"]["helpful"]["n"] for point in summary(tmp_path / "out")["points"]} == {3}
+    code, _, told = run(*line)  # none can be read this time either; there are scores, so that it is a judge
+    assert code == 0
+    again = re.match(r"helpful: (\d) calls of m", told)
+    assert again
+    judge.answer = lambda question: "helpfulness: 7\nharmlessness: 5"
+    judge.bodies.clear()
+    assert run(*line)[0] == 0
+    assert len(judge.bodies) == int(again[1])
+    assert summary(tmp_path / "out")["run"]["unread"] == {}
+    assert {point["scores"]["helpful"]["mean"] for point in summary(tmp_path / "out")["points"]} == {5.5}
 
 
 def test_a_fixed_vector_stays_and_spread_points_fill(run: Run, line: list[str], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from lora_prefvec.artifact import read_mix_file
 from tests.cli.conftest import SHORT, Run
+from tests.evaluation.stand_in_judge import StandInJudge
 
 SCORER = '''
 class Sum:
@@ -44,6 +45,20 @@ def line(tmp_path: Path) -> list[str]:
 def record(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "tune.json").read_text(encoding="utf-8"))
     return found
+
+
+def test_what_a_judge_costs_is_said_once_and_before(
+    run: Run, line: list[str], tmp_path: Path, judge: StandInJudge
+) -> None:
+    judge.answer = lambda question: "Well." if "prompt 3" in question else "helpfulness: 5\nharmlessness: 5"
+    scorer = ("--scorer", f"judge:{judge.url}#m?axis=helpful&max_tokens=10", "--maximize", "e")
+    code, _, told = run(*line, *scorer, "--out", str(tmp_path / "out"))
+    assert code == 0
+    costs = [text for text in told.splitlines() if text.startswith("helpful: ")]
+    assert len(costs) == 1
+    assert costs[0].startswith(f"helpful: at most {6 * 6 + 2 * 6} calls of m at {judge.url}: about ")
+    assert len(judge.bodies) <= 6 * 6 + 2 * 6
+    assert told.count("answers of 'helpful' cannot be read") == 1
 
 
 def test_writes_the_mix_and_what_was_found(run: Run, line: list[str], tmp_path: Path) -> None:

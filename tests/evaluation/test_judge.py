@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from lora_prefvec.errors import InputError, PrefvecError, RunError
-from lora_prefvec.evaluation.scorers import Prompt, apply, endpoint, find_scorer, fingerprint
+from lora_prefvec.evaluation.scorers import (
+    Prompt,
+    Unread,
+    answers,
+    apply,
+    endpoint,
+    find_scorer,
+    find_scorers,
+    fingerprint,
+)
 from lora_prefvec.evaluation.scorers.rubrics import read_grades, read_refusal, read_winner
 from tests.evaluation.stand_in_judge import Failure, StandInJudge, serve
 
@@ -195,10 +204,14 @@ def test_the_cost_is_known_before(judge: StandInJudge, others: Path) -> None:
     assert "at most 1536 out" in scorer.cost(PROMPTS, REPLIES)  # type: ignore[attr-defined]
     assert not judge.bodies
     apply(scorer, PROMPTS[:2], REPLIES[:2])
-    assert scorer.cost(PROMPTS, REPLIES).startswith("1 calls of")  # type: ignore[attr-defined]
+    assert scorer.cost(PROMPTS, REPLIES).startswith("1 call of")  # type: ignore[attr-defined]
     pairwise = find_scorer(reference(judge, f"axis=helpful&against={others}&max_tokens=none"))
     assert pairwise.cost(PROMPTS, REPLIES).startswith("6 calls of")  # type: ignore[attr-defined]
     assert "no limit" in pairwise.cost(PROMPTS, REPLIES)  # type: ignore[attr-defined]
+    ahead = scorer.cost(PROMPTS * 2, [None] * 6)  # type: ignore[attr-defined]
+    assert ahead.startswith("at most 6 calls of some/model")
+    assert "tokens in beside the replies, at most 3072 out" in ahead
+    assert pairwise.cost(PROMPTS, [None] * 3).startswith("at most 6 calls of")  # type: ignore[attr-defined]
 
 
 # The key
@@ -306,15 +319,17 @@ def test_a_judge_that_is_too_slow(judge: StandInJudge) -> None:
         apply(find_scorer(reference(judge, "axis=helpful&timeout=0.05")), ["Hello"], ["good"])
 
 
-def test_answers_that_cannot_be_read_are_counted_and_not_kept(
-    judge: StandInJudge, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_that_cannot_be_read_are_no_scores_and_not_kept(judge: StandInJudge, others: Path) -> None:
     judge.answer = lambda question: "Well." if "bad" in question else grade(question)
     assert scored(judge) == [9.0, None, 5.0]
-    assert "1 of 3 answers of the judge 'helpful' cannot be read" in capsys.readouterr().err
+    assert answers(find_scorer(reference(judge)), PROMPTS, REPLIES)[1] == Unread("Well.")
+    compared = find_scorer(reference(judge, f"axis=helpful&against={others}"))
+    judge.answer = lambda question: "better: A" if "reply A]\nother" in question else "Both."
+    assert answers(compared, PROMPTS, REPLIES) == [Unread("Both.")] * 3
+    judge.bodies.clear()
     judge.answer = grade
     assert scored(judge) == [9.0, 2.0, 5.0]
-    assert len(judge.bodies) == 4
+    assert len(judge.bodies) == 1
 
 
 @pytest.mark.parametrize(
@@ -324,8 +339,9 @@ def test_a_judge_that_talks_nothing_but_nonsense(judge: StandInJudge, answer: st
     judge.answer = lambda _: answer
     assert scored(judge) == [None] * 3
     prompts = [f"Hello {i}" for i in range(5)]
-    with pytest.raises(RunError, match="none of the 5 answers of the judge 'helpful' can be read"):
+    with pytest.raises(RunError, match="none of the 5 answers of 'helpful' can be read"):
         apply(find_scorer(reference(judge)), prompts, ["good"] * 5)
+    assert len(answers(find_scorer(reference(judge)), prompts, ["good"] * 5, known=True)) == 5
 
 
 def test_as_many_at_once_as_was_said(judge: StandInJudge) -> None:
@@ -368,6 +384,13 @@ def test_a_file_of_other_replies_that_is_none(line: str, tmp_path: Path) -> None
     file.write_text('{"prompt": "a", "reply": "b"}\n' + line, encoding="utf-8")
     with pytest.raises(InputError, match=r"others.jsonl, line 2: no object with a prompt and a reply"):
         find_scorer(f"judge:http://x/v1#m?axis=helpful&against={file}")
+
+
+def test_two_of_one_name_are_refused() -> None:
+    judges = [f"judge:http://x/v1#{model}?axis=helpful" for model in "ab"]
+    with pytest.raises(InputError, match=r"two scorers are called 'helpful'.*\?name=OTHER"):
+        find_scorers(judges)
+    assert [one.name for one in find_scorers([judges[0], f"{judges[1]}&name=second"])] == ["helpful", "second"]
 
 
 def test_judges_are_told_apart(judge: StandInJudge, others: Path) -> None:

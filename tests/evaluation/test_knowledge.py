@@ -29,6 +29,15 @@ metric_list:
 """
 
 
+def write_task(folder: Path) -> Path:
+    """A task of twelve questions, and its data."""
+    data, task = folder / "data.jsonl", folder / "tiny.yaml"
+    rows = [{"question": f"{i} and {i} is", "choices": [f"{2 * i}", "no"], "answer": i % 2} for i in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task.write_text(TASK.format(data=data), encoding="utf-8")
+    return task
+
+
 @pytest.fixture(scope="module")
 def base(tiny_llama: Path) -> LoadedBase:
     return load_base(tiny_llama, quantization="none", device="cpu", compute_dtype="float32")
@@ -40,10 +49,7 @@ def test_a_task_of_ones_own_through_the_mixer(base: LoadedBase, tmp_path: Path) 
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    data, task = tmp_path / "data.jsonl", tmp_path / "tiny.yaml"
-    rows = [{"question": f"{i} and {i} is", "choices": [f"{2 * i}", "no"], "answer": i % 2} for i in range(12)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    task.write_text(TASK.format(data=data), encoding="utf-8")
+    task = write_task(tmp_path)
     vector = random_vector(base.model, 2, seed=0, scale=0.5)
     with LiveMixer(base.model, {"one": vector}) as mixer:
         mixer.set_mix({"one": 0.5})
@@ -65,6 +71,7 @@ def test_a_task_that_is_not_there(base: LoadedBase) -> None:
 
 
 def test_without_the_harness_it_says_what_to_install(base: LoadedBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for module in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, module, None)
     with LiveMixer(base.model, {}) as mixer, pytest.raises(InputError, match=r"lora-prefvec\[lm-eval\]"):
         knowledge(base, mixer, [{}], ["arc_easy"])

@@ -9,7 +9,7 @@ import pytest
 
 from lora_prefvec.errors import InputError
 from lora_prefvec.evaluation import control_plot, curve, front_plot
-from lora_prefvec.evaluation.plots import draw_curve, draw_front, draw_table, picture, pyplot
+from lora_prefvec.evaluation.plots import are_shares, draw_curve, draw_front, draw_table, picture, pyplot
 from lora_prefvec.evaluation.slices import table
 from tests.evaluation.points import MEANS, swept
 
@@ -70,3 +70,11 @@ def test_matplotlib_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"pip install 'lora-prefvec\[plots\]'"):
         picture(draw_front, swept(**GRID), "helpful", "harmless")
+
+
+@pytest.mark.parametrize(
+    ("means", "shares"),
+    [([0, 1], True), ([0, 0.2], True), ([0, 0], True), ([0.01, 0.05], False), ([0.5, 1.2], False), ([-1, 0], False)],
+)
+def test_what_is_drawn_from_0_to_1(means: list[float], shares: bool) -> None:
+    assert are_shares(means) is shares

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from lora_prefvec.errors import InputError
 from lora_prefvec.evaluation.scorers import Prompt, apply, classifier, find_scorer, fingerprint
+from lora_prefvec.evaluation.scorers.reward import RECIPES
 from lora_prefvec.inference.base import best_dtype
 from tests.helpers import COMMON, tiny_tokenizer
 
@@ -151,6 +153,31 @@ def test_safe_rlhf_models_are_read_with_their_own_template(tmp_path: Path) -> No
     assert apply(scorer, ["hello"], ["Hi!"]) == [pytest.approx(-expected.item(), abs=TOLERANCE)]
     with pytest.raises(InputError, match="cannot render the turns 'system user assistant': Safe-RLHF has no such turn"):
         apply(scorer, [PROMPTS[1]], ["Hi!"])
+
+
+@pytest.mark.parametrize("architecture", ["LlamaModelForScore", "LlamaForScore"])
+def test_a_head_with_a_bias_keeps_it(architecture: str, tmp_path: Path) -> None:
+    folder = write_reward_model(tmp_path / "cost", {0: "LABEL_0"})
+    renamed(folder, "score_head", architecture, score_dim=1)
+    without = apply(find_scorer(f"reward:{folder}"), ["a"], ["b"])[0]
+    other = tmp_path / "biased"
+    shutil.copytree(folder, other)
+    weights = load_file(other / "model.safetensors")
+    more = {"score_head.bias": torch.tensor([3.0]), "normalizer.mean": torch.zeros(1)}
+    save_file({**weights, **more}, other / "model.safetensors", metadata={"format": "pt"})
+    assert apply(find_scorer(f"reward:{other}"), ["a"], ["b"]) == [pytest.approx(without + 3.0, abs=TOLERANCE)]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("reference", RECIPES)
+def test_recipes_are_read_as_they_are_meant(reference: str, monkeypatch: pytest.MonkeyPatch, one: Path) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("lora_prefvec.artifact.resolve_base", lambda name: asked.append(name) or one)
+    labels = classifier.ARMORM if "ArmoRM" in reference else ("score",)
+    monkeypatch.setattr("lora_prefvec.evaluation.scorers.reward.outputs_of", lambda folder: (None, labels))
+    scorer: Any = find_scorer(reference)
+    assert asked[0].count("/") == 1
+    assert (scorer.sign, scorer.direction) == (-1 if asked[0].endswith("cost") else 1, 1)
+    assert scorer.name in ("helpful", "harmless", "preferred")
 
 
 def test_armorm_gives_its_attributes_by_name(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ letters = Counts("e")
     [
         ("def polite(prompts, replies): ...", "own.py:polit", ["has no 'polit'", "Did you mean 'polite'?"]),
         ("def polite(prompts, replies): ...", "own.py", ["no scorer of", "own.py:name"]),
-        ("polite = 3", "own.py:polite", ["is a int, no scorer", "(prompts, replies) -> scores"]),
+        ("polite = 3", "own.py:polite", ["is of type int, no scorer", "(prompts, replies) -> scores"]),
         ("class polite: ...", "own.py:polite", ["is a class, no scorer"]),
         ("import not_there_at_all", "own.py:polite", ["own.py fails: ModuleNotFoundError", "not_there_at_all"]),
         ("def polite(prompts", "own.py:polite", ["own.py fails: SyntaxError"]),

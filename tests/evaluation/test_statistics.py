@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from lora_prefvec.evaluation import Score, estimate, spearman
+from lora_prefvec.evaluation.statistics import from_error, from_share
 
 
 def test_a_mean_counts_what_has_a_say() -> None:
@@ -74,3 +76,12 @@ def test_prompts_weigh_by_the_replies_that_count() -> None:
 def test_spearman(xs: Sequence[float], ys: Sequence[float], expected: float) -> None:
     assert spearman(xs, ys) == pytest.approx(expected)
     assert spearman(ys, xs) == pytest.approx(expected)
+
+
+def test_an_interval_from_a_standard_error_and_of_a_share() -> None:
+    assert from_error(1.0, 0.5, 9) == Score(1.0, pytest.approx(0.02), pytest.approx(1.98), 0.5, 9)
+    assert from_error(1.0, math.nan, 1) == Score(1.0, None, None, None, 1)
+    some = from_share(0.5, 0.05, 100)
+    assert (some.low, some.high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
+    every = from_share(1.0, 0.0, 100)
+    assert (every.low, every.high) == (pytest.approx(0.963, abs=1e-3), pytest.approx(1.0))

@@ -8,7 +8,7 @@ import pytest
 
 from lora_prefvec.errors import InputError
 from lora_prefvec.evaluation import Score, hypervolume, summarise
-from lora_prefvec.evaluation.report import cell, samples, verdict, write_report
+from lora_prefvec.evaluation.report import cell, digits, samples, verdict, write_report
 from lora_prefvec.evaluation.rows import Plan
 from tests.evaluation.points import AXES, MEANS, Axis, point, swept
 
@@ -99,6 +99,11 @@ def test_samples_are_those_on_which_the_scores_differ(n: int) -> None:
     assert shown[0].replies[-1][0].startswith(f"{len(summary.front)}: helpful=")
 
 
+def test_numbers_show_what_counts() -> None:
+    assert [digits(value) for value in (0.5, 12.345, 0.0123, 0.0, -0.004)] == "0.50 12.35 0.012 0.00 -0.004".split()
+    assert digits(5.8e-18, "+") == digits(0.0, "+") == "+0.00"
+
+
 def test_a_report_of_a_sweep_in_which_nothing_has_a_say(tmp_path: Path) -> None:
     summary = swept(means=dict.fromkeys(MEANS, lambda _: None), helpful="0:1:1", harmless="0:1:1")
     plan = Plan([p.mix for p in summary.points], [f"prompt {i}" for i in range(40)])
@@ -110,7 +115,7 @@ def test_a_report_of_a_sweep_in_which_nothing_has_a_say(tmp_path: Path) -> None:
         "settings": {"seed": 0},
         "scorers": {},
     }
-    run = {"command": "prefvec sweep", "seconds": 1, "replies_written": 0, "versions": {}}
+    run = {"command": "prefvec sweep", "seconds": 1, "replies_written": 0, "unread": {}, "versions": {}}
     write_report(tmp_path / "report.html", plan, summary, asked, run)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "There is no hypervolume" in page

@@ -122,13 +122,14 @@ def load_classifier(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"the reward model in {folder} cannot be loaded: {first_line(error)}") from error
-    head_bias = [key for key in report["unexpected_keys"] if key.startswith("score.")]
-    if wrong := sorted(report["missing_keys"]) or head_bias:  # what is missing would be filled with random numbers
+    if missing := sorted(report["missing_keys"]):  # it would be filled with random numbers
         raise InputError(
-            f"the reward model in {folder} does not fit its class: {wrong[0]} is "
-            f"{'missing' if report['missing_keys'] else 'too much'}",
+            f"the reward model in {folder} does not fit its class: {missing[0]} is missing",
             "Take one that was saved as a ...ForSequenceClassification.",
         )
+    if "score.bias" in report["unexpected_keys"]:  # the class has none, Safe-RLHF's later models have
+        bias = _tensor(folder, f"{family.head if family else 'score'}.bias")
+        model.score.bias = torch.nn.Parameter(bias.to(model.score.weight), requires_grad=False)
     tokenizer.chat_template = template or tokenizer.chat_template or (family and family.template)
     if not tokenizer.chat_template:
         raise InputError(
@@ -137,6 +138,17 @@ def load_classifier(
         )
     keep_weights_as_loaded(model)
     return Classifier(model.eval(), tokenizer, model.config.get_text_config().pad_token_id)
+
+
+def _tensor(folder: Path, name: str) -> Any:
+    """One tensor of a folder's safetensors files, one of which holds it."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            if name in opened.keys():  # noqa: SIM118 - it is no dict
+                return opened.get_tensor(name)
+    raise InputError(f"the reward model in {folder} has no {name} in its safetensors files", "Download it again.")
 
 
 def batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:

@@ -47,7 +47,7 @@ def custom_scorer(file: Path, name: str) -> CustomScorer:
     where = f"{name!r} of {file}"
     if isinstance(found, type) or not callable(found):
         raise InputError(
-            f"{where} is {'a class' if isinstance(found, type) else f'a {type(found).__name__}'}, no scorer",
+            f"{where} is {'a class' if isinstance(found, type) else f'of type {type(found).__name__}'}, no scorer",
             "Name a function (prompts, replies) -> scores, or an object that is called like one.",
         )
     axis, direction = getattr(found, "name", name), getattr(found, "direction", +1)

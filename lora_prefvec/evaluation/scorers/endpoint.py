@@ -96,13 +96,21 @@ class Endpoint:
         """What its answers depend on beside the question."""
         return [self.url, self._body([])]
 
-    def cost(self, questions: Sequence[list[Message]]) -> str:
-        """What asking would cost, in calls and tokens; a token is taken for four characters."""
-        unasked = {self._key(question): question for question in questions}
-        unasked = {key: question for key, question in unasked.items() if self._kept(key) is None}
-        tokens = sum(len(message["content"]) for asked in unasked.values() for message in asked) // 4
+    def cost(self, questions: Sequence[list[Message]], *, written: bool = True) -> str:
+        """What asking would cost, in calls and tokens; a token is taken for four characters.
+
+        Args:
+            written: whether the replies stand in the questions; if not, each is taken for another one.
+        """
+        unasked = list(questions)
+        if written:
+            keys = {self._key(question): question for question in questions}
+            unasked = [question for key, question in keys.items() if self._kept(key) is None]
+        calls = f"{'' if written else 'at most '}{len(unasked)} call{'' if len(unasked) == 1 else 's'}"
+        tokens = sum(len(message["content"]) for asked in unasked for message in asked) // 4
+        beside = "" if written else " beside the replies"
         limit = f"at most {len(unasked) * self.max_tokens} out" if self.max_tokens else "no limit on those out"
-        return f"{len(unasked)} calls of {self.model} at {self.url}: about {tokens} tokens in, {limit}"
+        return f"{calls} of {self.model} at {self.url}: about {tokens} tokens in{beside}, {limit}"
 
     def _body(self, question: list[Message]) -> dict[str, Any]:
         body = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -71,6 +71,24 @@ def find_scorer(reference: str) -> Scorer:
         ) from error
     scorer: Scorer = source(rest)
     return scorer
+
+
+def find_scorers(references: Sequence[str]) -> list[Scorer]:
+    """The scorers that references name.
+
+    Raises:
+        InputError: as `find_scorer`, or two have one name.
+    """
+    found: dict[str, Scorer] = {}
+    for reference in references:
+        scorer = find_scorer(reference)
+        if scorer.name in found:
+            raise InputError(
+                f"two scorers are called {scorer.name!r}",
+                "Give each axis once; a reward model or a judge is called otherwise with ?name=OTHER.",
+            )
+        found[scorer.name] = scorer
+    return list(found.values())
 
 
 def scorer_list() -> list[tuple[str, str]]:

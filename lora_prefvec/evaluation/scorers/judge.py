@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_prefvec.errors import InputError, RunError, nearest
+from lora_prefvec.errors import InputError, nearest
 from lora_prefvec.evaluation.scorers.endpoint import Endpoint, judge_cache
-from lora_prefvec.evaluation.scorers.protocol import Message, Prompt, messages_of
+from lora_prefvec.evaluation.scorers.protocol import Message, Prompt, Unread, messages_of
 from lora_prefvec.evaluation.scorers.refusal import label_of
 from lora_prefvec.evaluation.scorers.rubrics import (
     ABSOLUTE,
@@ -34,11 +34,9 @@ from lora_prefvec.evaluation.scorers.rubrics import (
     read_refusal,
     read_winner,
 )
-from lora_prefvec.output import out
 
 AXES = (*SCALES, "refusal", "over_refusal")
 OPTIONS = ("axis", "against", "key_env", "name", "temperature", "max_tokens", "concurrency", "timeout")
-NONSENSE = 5  # unreadable answers, and no other: whoever gives them is no judge
 Read = Callable[[str], float | None]
 
 
@@ -66,19 +64,20 @@ class Judge:
     def fingerprint(self) -> str:
         return _digest([self.endpoint.identity, self.axis, self._instruction])
 
-    def __call__(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float | None]:
-        """The grades; None where the axis has no say, and where the judge's answer cannot be read, which is told."""
+    def __call__(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float | Unread | None]:
+        """The grades; None where the axis has no say."""
         asked = [i for i, prompt in enumerate(prompts) if self._has_a_say(prompt)]
         questions = [self._question(prompts[i], replies[i]) for i in asked]
-        grades: list[float | None] = [None] * len(replies)
-        for i, grade in zip(asked, _grades(self.endpoint, questions, self._read, self.name), strict=True):
+        grades: list[float | Unread | None] = [None] * len(replies)
+        for i, grade in zip(asked, _grades(self.endpoint, questions, self._read), strict=True):
             grades[i] = grade
         return grades
 
-    def cost(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> str:
+    def cost(self, prompts: Sequence[Prompt], replies: Sequence[str | None]) -> str:
         """What the grades of these replies would cost, in calls and tokens; those that are kept cost nothing."""
-        pairs = zip(prompts, replies, strict=True)
-        return self.endpoint.cost([self._question(prompt, reply) for prompt, reply in pairs if self._has_a_say(prompt)])
+        pairs = [(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True) if self._has_a_say(prompt)]
+        questions = [self._question(prompt, reply or "") for prompt, reply in pairs]
+        return self.endpoint.cost(questions, written=None not in replies)
 
     def _has_a_say(self, prompt: Prompt) -> bool:
         """As the scorers of the same names that go by the reply's first words."""
@@ -119,27 +118,30 @@ class PairwiseJudge:
         others = _digest(sorted(self.others.items()))
         return _digest([self.endpoint.identity, self._instruction, others])
 
-    def __call__(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float | None]:
-        """1, 0.5 or 0 for every reply; None where one of the judge's two answers cannot be read, which is told.
+    def __call__(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float | Unread]:
+        """1, 0.5 or 0 for every reply.
 
         Raises:
             InputError: there is no other reply to one of the prompts.
         """
-        grades = _grades(self.endpoint, self._questions(prompts, replies), read_winner, self.name)
-        return [
-            None if first is None or second is None else {2.0: 1.0, 0.0: 0.0}.get(first + 1 - second, 0.5)
-            for first, second in zip(grades[::2], grades[1::2], strict=True)
-        ]
+        grades = _grades(self.endpoint, self._questions(prompts, replies), read_winner)
+        return [self._won(first, second) for first, second in zip(grades[::2], grades[1::2], strict=True)]
 
-    def cost(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> str:
+    def cost(self, prompts: Sequence[Prompt], replies: Sequence[str | None]) -> str:
         """What the comparisons would cost, in calls and tokens; those that are kept cost nothing."""
-        return self.endpoint.cost(self._questions(prompts, replies))
+        return self.endpoint.cost(self._questions(prompts, replies), written=None not in replies)
+
+    def _won(self, first: float | Unread, second: float | Unread) -> float | Unread:
+        """From what the judge says of a reply in the first place, and of the other one in the first place."""
+        if isinstance(first, Unread) or isinstance(second, Unread):
+            return first if isinstance(first, Unread) else second
+        return {2.0: 1.0, 0.0: 0.0}.get(first + 1 - second, 0.5)
 
     @property
     def _instruction(self) -> str:
         return PAIRWISE.format(guard=GUARD, scale=SCALES[self.axis])
 
-    def _questions(self, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[list[Message]]:
+    def _questions(self, prompts: Sequence[Prompt], replies: Sequence[str | None]) -> list[list[Message]]:
         """Two for each reply: it stands first in the one and second in the other."""
         questions = []
         for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
@@ -149,8 +151,8 @@ class PairwiseJudge:
                     f"the replies that {self.name!r} compares with have none to prompt {i + 1}",
                     "Write them for the same prompts, with prefvec generate.",
                 )
-            transcript = _transcript(prompt)
-            for a, b in ((reply, other), (other, reply)):
+            transcript, own = _transcript(prompt), reply or ""
+            for a, b in ((own, other), (other, own)):
                 questions.append(_ask(self._instruction, {"conversation": transcript, "reply A": a, "reply B": b}))
         return questions
 
@@ -192,18 +194,9 @@ def judge(url: str, model: str, options: Mapping[str, str]) -> Judge | PairwiseJ
     return Judge(options.get("name", axis), axis, endpoint)
 
 
-def _grades(endpoint: Endpoint, questions: Sequence[list[Message]], read: Read, name: str) -> list[float | None]:
-    answers = endpoint.ask(questions, lambda answer: read(answer) is not None)
-    grades = [read(answer) for answer in answers]
-    unread = grades.count(None)
-    if unread == len(grades) >= NONSENSE:
-        raise RunError(
-            f"none of the {unread} answers of the judge {name!r} can be read, the first begins {answers[0][:60]!r}",
-            "Take a model that follows instructions.",
-        )
-    if unread:
-        out.warn(f"{unread} of {len(grades)} answers of the judge {name!r} cannot be read: those replies have no score")
-    return grades
+def _grades(endpoint: Endpoint, questions: Sequence[list[Message]], read: Read) -> list[float | Unread]:
+    found = endpoint.ask(questions, lambda answer: read(answer) is not None)
+    return [Unread(answer) if (grade := read(answer)) is None else grade for answer in found]
 
 
 def _ask(instruction: str, parts: Mapping[str, str]) -> list[Message]:

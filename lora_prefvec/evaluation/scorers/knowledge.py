@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
-from lora_prefvec.errors import InputError, require_extra
+from lora_prefvec.errors import InputError, nearest, require_extra
+from lora_prefvec.evaluation.statistics import Score, from_error
+from lora_prefvec.inference.base import first_line
 
 if TYPE_CHECKING:
     from lora_prefvec.inference import LiveMixer, LoadedBase
@@ -33,6 +39,19 @@ class TaskScore:
     error: float | None
     n: int
 
+    @property
+    def score(self) -> Score:
+        """The value with its interval."""
+        return from_error(self.value, self.error, self.n)
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises InputError where `lm_eval` is not installed, or knows no such task; nothing is fetched."""
+    manager = _manager()
+    for task in tasks:
+        if not Path(task).is_file() and task not in manager.all_tasks:
+            raise InputError(f"lm_eval knows no task {task!r}", nearest(task, manager.all_tasks))
+
 
 def knowledge(
     loaded: LoadedBase,
@@ -58,39 +77,59 @@ def knowledge(
     Raises:
         InputError: `lm_eval` is not installed, it knows no such task, or a mix names an unknown vector.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager, get_task_dict
-    except ImportError:
-        raise require_extra("lm_eval", "lm-eval") from None
+    manager = _manager()
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import get_task_dict
+
     checked = [mixer.check(mix) for mix in mixes]
-    manager = TaskManager()
     try:
         get_task_dict(list(tasks), manager)
     except Exception as error:  # a name, a file, a data set that is not on this machine: it has no kind of its own
         raise InputError(
-            f"lm_eval cannot prepare {', '.join(tasks)}: {type(error).__name__}: {error}",
+            f"lm_eval cannot prepare {', '.join(tasks)}: {type(error).__name__}: {first_line(error)}",
             "`lm_eval ls tasks` lists its names.",
         ) from error
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
     before, found = mixer.mix, []
+    # The harness asks git and pip about this machine, which takes longer than a small task, and git complains aloud.
     try:
         for mix in checked:
             mixer.set_mix(mix)
-            results = simple_evaluate(
-                model,
-                tasks=list(tasks),
-                task_manager=manager,
-                limit=limit,
-                apply_chat_template=chat,
-                bootstrap_iters=BOOTSTRAPS,
-                log_samples=False,
-            )
+            with patch.multiple(evaluator, get_git_commit_hash=str, add_env_info=lambda results: None):
+                results = evaluator.simple_evaluate(
+                    model,
+                    tasks=list(tasks),
+                    task_manager=manager,
+                    limit=limit,
+                    apply_chat_template=chat,
+                    bootstrap_iters=BOOTSTRAPS,
+                    log_samples=False,
+                )
             found.append(_scores(results))
     finally:
         mixer.set_mix(before)
     return found
+
+
+def _manager() -> Any:
+    """What knows the names of the harness' tasks.
+
+    Raises:
+        InputError: the harness, or what its models need, is not installed.
+    """
+    try:
+        import_module("lm_eval.models.huggingface")
+    except ImportError as error:
+        raise require_extra(error.name or "lm_eval", "lm-eval") from None
+    return _index()
+
+
+@cache  # it reads some thousand files
+def _index() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _scores(results: Mapping[str, Any]) -> list[TaskScore]:

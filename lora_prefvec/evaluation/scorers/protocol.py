@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import lora_prefvec
-from lora_prefvec.errors import InputError, PrefvecError
+from lora_prefvec.errors import InputError, PrefvecError, RunError
 
 if TYPE_CHECKING:
     from lora_prefvec.inference import LiveMixer, LoadedBase
@@ -20,6 +20,13 @@ Prompt = str | Sequence[Message] | Mapping[str, Any]
 beside it, such as the `label` of what was asked (`safe`, `unsafe`) that `over_refusal` reads."""
 
 
+NONSENSE = 5  # answers that hold no score, and no other: whoever gives them is no judge
+
+
+class Unread(str):
+    """In the place of a score, an answer that holds none: it is counted, not kept, and asked for again another time."""
+
+
 class Scorer(Protocol):
     """Gives replies numbers on one axis.
 
@@ -27,7 +34,8 @@ class Scorer(Protocol):
     alone. A scorer may also have:
 
     - `needs_model = True`: it is called with a third argument, the `Writer` of the replies;
-    - `fingerprint`: a text that changes whenever its scores may.
+    - `fingerprint`: a text that changes whenever its scores may;
+    - `cost(prompts, replies)`: what scoring them would cost, in words; a reply that is None is not written yet.
     """
 
     @property
@@ -39,7 +47,7 @@ class Scorer(Protocol):
     @property
     def is_cost(self) -> bool: ...
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Sequence[float | None]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Sequence[float | Unread | None]:
         """Given prompts and replies, the score of every reply; None where the axis has no say on its prompt."""
 
 
@@ -61,11 +69,31 @@ class Writer:
 def apply(
     scorer: Scorer, prompts: Sequence[Prompt], replies: Sequence[str], writer: Writer | None = None
 ) -> list[float | None]:
-    """The scores of replies, one for each, checked.
+    """The scores of replies, one for each, checked; None where there is none.
+
+    Raises:
+        InputError, RunError: as `answers`.
+    """
+    return [None if isinstance(one, Unread) else one for one in answers(scorer, prompts, replies, writer)]
+
+
+def answers(
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    replies: Sequence[str],
+    writer: Writer | None = None,
+    *,
+    known: bool = False,
+) -> list[float | Unread | None]:
+    """The same, with what could not be read.
+
+    Args:
+        known: whether the scorer gave a score before, to other replies.
 
     Raises:
         InputError: the scorer needs a writer and there is none; it fails; or it returns anything but a finite number
             or None for every reply.
+        RunError: none of its answers can be read.
     """
     arguments: list[Any] = [prompts, replies]
     if getattr(scorer, "needs_model", False):
@@ -82,7 +110,22 @@ def apply(
         raise _wrong(scorer, f"returned {'nothing' if returned is None else repr(returned)[:60]}")
     if len(returned) != len(replies):
         raise _wrong(scorer, f"returned {len(returned)} scores for {len(replies)} replies")
-    return [_number(scorer, value, i) for i, value in enumerate(returned)]
+    found: list[float | Unread | None] = [
+        value if isinstance(value, Unread) else _number(scorer, value, i) for i, value in enumerate(returned)
+    ]
+    unread = [one for one in found if isinstance(one, Unread)]
+    if len(unread) == len(found) - found.count(None) >= NONSENSE and not known:
+        raise RunError(
+            f"none of the {len(unread)} answers of {scorer.name!r} can be read, the first begins {unread[0][:60]!r}",
+            "Take a model that follows instructions.",
+        )
+    return found
+
+
+def unread_note(name: str, number: int) -> str:
+    """What is told of answers that hold no score."""
+    answers = "1 answer" if number == 1 else f"{number} answers"
+    return f"{answers} of {name!r} cannot be read: no score; the same command asks again"
 
 
 def fingerprint(scorer: Scorer) -> str:

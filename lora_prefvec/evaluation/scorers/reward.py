@@ -1,17 +1,13 @@
 """Reward models: sequence classifiers that were trained on human judgements of replies.
 
 `reward:FOLDER_OR_ID[@REVISION][#OUTPUT][?OPTIONS]`. OUTPUT names one of several outputs, by its label or its number.
-Options: `sign=-1` for a model of costs, `name=AXIS`, `quantization=nf4`, `template=FILE.jinja`. Recipes:
+Options: `sign=-1` for a model of costs, `name=AXIS`, `quantization=nf4`, `template=FILE.jinja`. `RECIPES` are the
+scorers of papers; `prefvec score --list` shows them.
 
-| scorer | reference |
-|---|---|
-| Skywork, helpful and harmless in one | `reward:Skywork/Skywork-Reward-V2-Qwen3-0.6B?name=preferred` |
-| Safe-RLHF's reward (PV: helpful) | `reward:PKU-Alignment/beaver-7b-v1.0-reward?name=helpful` |
-| Safe-RLHF's negative cost (PV: harmless) | `reward:PKU-Alignment/beaver-7b-v1.0-cost?sign=-1&name=harmless` |
-| one of ArmoRM's 19 attributes | `reward:RLHFlow/ArmoRM-Llama3-8B-v0.1#beavertails-is_safe?name=harmless` |
-
-The last two families publish classes of their own, which are not executed: their heads are read into the class that
-transformers has for the architecture. ArmoRM's gate, which weighs the attributes into one score, is left out.
+Safe-RLHF and ArmoRM publish classes of their own, which are not executed: their heads are read into the class that
+transformers has for the architecture. Safe-RLHF's dialogue (`BEGINNING OF CONVERSATION: USER: ... ASSISTANT:...`)
+stands in for the chat template that its tokenizers lack; its normaliser, off in what is published, is left out, and so
+is ArmoRM's gate, which weighs the attributes into one score.
 """
 
 from __future__ import annotations
@@ -37,6 +33,12 @@ from lora_prefvec.evaluation.scorers.protocol import Prompt, messages_of
 from lora_prefvec.inference.base import Quantization
 from lora_prefvec.inference.render import chat_ids
 
+RECIPES = {
+    "reward:PKU-Alignment/beaver-7b-unified-reward?name=helpful": "Safe-RLHF's reward",
+    "reward:PKU-Alignment/beaver-7b-unified-cost?sign=-1&name=harmless": "Safe-RLHF's cost, turned round",
+    "reward:Skywork/Skywork-Reward-V2-Qwen3-0.6B?name=preferred": "helpful and harmless in one, small",
+    "reward:RLHFlow/ArmoRM-Llama3-8B-v0.1#beavertails-is_safe?name=harmless": "one of ArmoRM's 19 attributes",
+}
 OPTIONS = ("sign", "name", "quantization", "template")
 
 
