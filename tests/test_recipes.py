@@ -16,7 +16,8 @@ from lora_prefvec.recipe import DataSpec, Recipe, Section, read_recipe
 RECIPES = sorted(shipped("recipes").glob("*.yaml"), key=lambda file: file.stem)
 MADE_FROM_PUBLISHED_DATA = [file for file in RECIPES if file.stem != "template"]
 COMMAND = re.compile(
-    r"# prefvec train (?P<name>\S+) --out (?P<out>\S+)(?P<overrides>( --set \S+)*)(?P<weights> --weights \d+)?(   \(.+\))?"
+    r"# prefvec train (?P<name>\S+) --out (?P<out>\S+)(?P<overrides>( --set \S+)*)"
+    r"(?P<weights> --weights \d+)?(   \(.+\))?"
 )
 
 

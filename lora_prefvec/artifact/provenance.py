@@ -76,6 +76,7 @@ class TrainingFacts(_Facts):
         anchor_share: part of the pairs that were anchors.
         libraries: package -> version.
         wall_seconds: from the first step to the last.
+        tokens: of prompts and replies that training read, padding left out.
         peak_memory_bytes: of the device, or of the process on a CPU.
     """
 
@@ -92,6 +93,7 @@ class TrainingFacts(_Facts):
     device: str | None = None
     libraries: dict[str, str] = Field(default_factory=dict)
     wall_seconds: float | None = None
+    tokens: int | None = None
     peak_memory_bytes: int | None = None
 
 

@@ -16,6 +16,7 @@ from lora_prefvec import __version__
 from lora_prefvec.cli.bench import bench
 from lora_prefvec.cli.calibrate import calibrate
 from lora_prefvec.cli.chat import chat
+from lora_prefvec.cli.compare import compare
 from lora_prefvec.cli.compose import compose, extract
 from lora_prefvec.cli.data import data_command
 from lora_prefvec.cli.demo import demo
@@ -37,7 +38,7 @@ SECTIONS = {
     "Train": [demo, data_command, train],
     "Compose": [extract, compose, fold, export],
     "Talk": [generate, chat, ui],
-    "Measure": [score, sweep, tune, calibrate],
+    "Measure": [score, sweep, tune, calibrate, compare],
     "Serve": [serve],
     "See": [inspect, verify, bench],
 }

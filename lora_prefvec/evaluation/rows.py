@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
+from lora_prefvec.data import Message
 from lora_prefvec.errors import InputError, RunError
 from lora_prefvec.evaluation.scorers import Prompt, Scorer, Unread, Writer, answers, fingerprint, messages_of
 from lora_prefvec.evaluation.store import Store, Written, digest
@@ -26,6 +27,7 @@ class Row:
 
     mix: Mapping[str, float]
     prompt: Prompt
+    asked: list[Message]
     sampling: Sampling
 
 
@@ -35,6 +37,9 @@ class Plan:
 
     A row's seed follows from `seed`, its prompt and its number among the replies to it: mixes differ by their
     coefficients and not by their luck, and a row stays the same when prompts or mixes are added beside it.
+
+    Args:
+        turned: what the model reads in place of a prompt's messages; scorers are given the prompt itself.
 
     Raises:
         InputError: a setting is out of range, or several replies are asked for that would be one and the same.
@@ -47,6 +52,7 @@ class Plan:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+    turned: Callable[[list[Message]], list[Message]] = list
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -61,17 +67,18 @@ class Plan:
         """Mix by mix, prompt by prompt, the replies to a prompt side by side."""
         seeds = [digest(messages_of(prompt))[:16] for prompt in self.prompts]
         samplings = [[self._sampling(f"{self.seed}:{seed}:{i}") for i in range(self.n)] for seed in seeds]
+        turned = [self.turned(messages_of(prompt)) for prompt in self.prompts]
         return [
-            Row(mix, prompt, sampling)
+            Row(mix, prompt, asked, sampling)
             for mix in self.mixes
-            for prompt, own in zip(self.prompts, samplings, strict=True)
+            for prompt, asked, own in zip(self.prompts, turned, samplings, strict=True)
             for sampling in own
         ]
 
     def keys(self, store: Store) -> list[str]:
         """The key of every row."""
         settings = [self.max_new_tokens, self.temperature, self.top_p]
-        return [store.key(row.mix, [messages_of(row.prompt), *settings, row.sampling.seed]) for row in self.rows]
+        return [store.key(row.mix, [row.asked, *settings, row.sampling.seed]) for row in self.rows]
 
     def _sampling(self, seed: str) -> Sampling:
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, seed=seed)
@@ -167,9 +174,7 @@ def _generate(
     """The replies to some rows, all of them at once in one batch that they join and leave."""
     batch = ContinuousBatch(loaded, mixer, max_rows=batch_size)
     before = mixer.mix
-    requests = {
-        key: Request(encode(loaded, messages_of(row.prompt)), row.mix, row.sampling) for key, row in wanted.items()
-    }
+    requests = {key: Request(encode(loaded, row.asked), row.mix, row.sampling) for key, row in wanted.items()}
     longest_first = sorted(requests, key=lambda key: -len(requests[key].prompt))  # memory peaks at once
     replies = {key: batch.add(requests[key]) for key in longest_first}
     try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_prefvec.data import Message
 from lora_prefvec.evaluation.rows import Loader, Plan, costs, grade, score_keys, write
 from lora_prefvec.evaluation.scorers import Prompt, Scorer, Writer, apply, unread_note
 from lora_prefvec.evaluation.statistics import Score, estimate
@@ -62,6 +63,7 @@ def evaluate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    turned: Callable[[list[Message]], list[Message]] = list,
     batch_size: int = 256,
     store: Store | None = None,
 ) -> list[Point]:
@@ -73,6 +75,7 @@ def evaluate(
     Args:
         mixer: on the base, with the vectors that the mixes name.
         n: replies to each prompt.
+        turned: what the model reads in place of a prompt's messages.
         store: what is known already, and where to keep what is new; in memory where left out.
 
     Returns:
@@ -82,7 +85,7 @@ def evaluate(
         InputError: a mix names an unknown vector, a prompt is longer than the context, or a scorer fails.
         RunError: the model's output is not finite.
     """
-    plan = Plan(mixes, prompts, n, max_new_tokens, temperature, top_p, seed)
+    plan = Plan(mixes, prompts, n, max_new_tokens, temperature, top_p, seed, turned)
     store = store or Store()
     complete(plan, scorers, lambda: (base, mixer), store, batch_size=batch_size)
     return points(plan, scorers, store)

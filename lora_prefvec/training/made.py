@@ -94,6 +94,7 @@ def provenance(job: Job, made: Made, parents: Sequence[Parent] = ()) -> Provenan
                 device=job.base.device.type,
                 libraries={name: version(name) for name in LIBRARIES},
                 wall_seconds=round(sum(run.wall_seconds for run in made.runs), 1),
+                tokens=sum(run.tokens for run in made.runs),
                 peak_memory_bytes=max(run.peak_memory_bytes for run in made.runs),
             ),
             "parents": list(parents),

@@ -16,6 +16,8 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_prefvec.artifact import atomic_folder
 from lora_prefvec.errors import Interrupted, RunError
@@ -27,7 +29,7 @@ from lora_prefvec.training.health import Watch
 from lora_prefvec.training.trainer import FACTORS, AdapterTrainer, StopOnInterrupt, checkpoints
 from lora_prefvec.vector import BaseIdentity, LowRankDelta, PreferenceVector
 
-FACTS = ("accuracy", "steps", "wall_seconds", "peak_memory_bytes", "summary")
+FACTS = ("accuracy", "steps", "wall_seconds", "peak_memory_bytes", "tokens", "summary")
 FINISHED = "finished"  # the folder that keeps the result of a run until its artifact is written
 
 
@@ -41,6 +43,7 @@ class Finished:
         steps: optimiser steps.
         wall_seconds: time of training, over all its parts if it was interrupted.
         peak_memory_bytes: of the GPU's allocator, or of this process on a CPU.
+        tokens: prompt and reply tokens that it read, padding left out.
         summary: what the trainer has to say of its run.
     """
 
@@ -49,6 +52,7 @@ class Finished:
     steps: int
     wall_seconds: float
     peak_memory_bytes: int
+    tokens: int = 0
     summary: dict[str, float] = field(default_factory=dict)
 
 
@@ -107,6 +111,7 @@ def run(job: Job, name: str, make: Callable[[Path], AdapterTrainer], data: Watch
             trainer.add_callback(stop)
             if latest and past >= steps:  # killed before its result was written; Trainer would take one step too many
                 adapter.load_factors(trainer.model, latest / FACTORS)
+                trainer.state = TrainerState.load_from_json(str(latest / TRAINER_STATE_NAME))
                 if data.held_out:
                     watch.measure(past)
             else:
@@ -116,7 +121,8 @@ def run(job: Job, name: str, make: Callable[[Path], AdapterTrainer], data: Watch
         if past == steps:
             accuracy = watch.history[-1]["accuracy"] if watch.history else None
             found = adapter.vector(trainer.model, job.identity)
-            finished = Finished(found, accuracy, steps, clock.seconds, peak_memory(job.base), trainer.summary())
+            tokens = int(trainer.state.num_input_tokens_seen)
+            finished = Finished(found, accuracy, steps, clock.seconds, peak_memory(job.base), tokens, trainer.summary())
             write_finished(done, finished)
         if stop.stopped:
             raise Interrupted(

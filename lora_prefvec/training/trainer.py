@@ -89,6 +89,7 @@ class AdapterTrainer(DPOTrainer):
                 logging_nan_inf_filter=False,
                 disable_tqdm=True,
                 report_to="none",
+                include_num_input_tokens_seen="non_padding",
                 dataloader_pin_memory=not on_cpu,
                 use_cpu=on_cpu,
             ),

@@ -1,0 +1,53 @@
+"""`prefvec compare`: methods side by side, their fronts and what they cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lora_prefvec.cli.measure import command_line, find_questions
+from lora_prefvec.cli.train import find_recipe
+from lora_prefvec.output import out
+
+NARROW = ("seeds", "MB", "tokens", "seconds")  # left out of a terminal's table
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", "out_", type=click.Path(path_type=Path), required=True, help="Folder of all that is made.")
+@click.option("--dry-run", is_flag=True, help="Check everything and say what would be trained.")
+def compare(file: Path, out_: Path, dry_run: bool) -> None:
+    """Methods side by side, as the YAML FILE says: fronts, hypervolumes, and what each took.
+
+    Trains what is missing, sweeps each method's knob over the same prompts, and reports. A comparison that was stopped
+    goes on with the same command, and what is trained already is shared by all methods and by later comparisons there.
+
+    \b
+    prefvec compare recipes/compare/helpful-harmless.yaml --out comparison
+    """
+    from lora_prefvec.experiments import compare as run
+    from lora_prefvec.experiments import read_comparison, table, write_report
+    from lora_prefvec.experiments.artifacts import folder_of, recipes_of
+
+    comparison = read_comparison(file)
+    questions = find_questions(comparison.sweep.prompts, comparison.sweep.limit, comparison.base.id)
+    if dry_run:
+        wanted = {
+            folder_of(recipe, out_ / "artifacts")
+            for seed in comparison.seeds
+            for spec in comparison.methods.values()
+            for recipe in recipes_of(spec, seed, find_recipe).values()
+        }
+        missing = [folder for folder in wanted if not (folder / "prefvec.json").is_file()]
+        out.result({"artifacts": len(wanted), "to_train": len(missing), "prompts": len(questions), "out": str(out_)})
+        return
+    compared = run(comparison, out_, [one.record for one in questions], find_recipe)
+    written = write_report(out_, compared, command_line())
+    columns, rows = table(compared)
+    if out.format == "human":  # the whole of it is in the report
+        kept = [i for i, column in enumerate(columns) if not column.endswith("front") and column not in NARROW]
+        columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
+    out.table(columns, rows)
+    if out.format == "human":
+        print(f"Report: {written[0]}")
