@@ -14,23 +14,25 @@ NARROW = ("seeds", "MB", "tokens", "seconds")  # left out of a terminal's table
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file")
 @click.option("--out", "out_", type=click.Path(path_type=Path), required=True, help="Folder of all that is made.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be trained.")
-def compare(file: Path, out_: Path, dry_run: bool) -> None:
-    """Methods side by side, as the YAML FILE says: fronts, hypervolumes, and what each took.
+def compare(file: str, out_: Path, dry_run: bool) -> None:
+    """Methods side by side, as FILE says: fronts, hypervolumes, and what each took.
+
+    FILE is a YAML file or the name of a shipped one.
 
     Trains what is missing, sweeps each method's knob over the same prompts, and reports. A comparison that was stopped
     goes on with the same command, and what is trained already is shared by all methods and by later comparisons there.
 
     \b
-    prefvec compare recipes/compare/helpful-harmless.yaml --out comparison
+    prefvec compare compare/helpful-harmless --out comparison
     """
     from lora_prefvec.experiments import compare as run
     from lora_prefvec.experiments import read_comparison, table, write_report
     from lora_prefvec.experiments.artifacts import folder_of, recipes_of
 
-    comparison = read_comparison(file)
+    comparison = read_comparison(find_recipe(file))
     questions = find_questions(comparison.sweep.prompts, comparison.sweep.limit, comparison.base.id)
     if dry_run:
         wanted = {
