@@ -312,3 +312,33 @@ def test_an_objective_without_a_pair(recipe_of: Any, tmp_path: Path) -> None:
     file.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError, match="no pair tells which reply is better for the objective 'short'"):
         METHODS["dpo_lw"].load(recipe_of({"name": "dpo_lw", "objectives": WEIGHTS}, data=file))
+
+
+def test_gradients_are_reduced_over_all_processes(
+    recipe_of: Any, nf4: LoadedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reduced = []
+
+    class Two:
+        num_processes = 2
+
+        def reduce(self, gradient: Tensor, how: str) -> Tensor:
+            reduced.append(how)
+            return (gradient + 3 * gradient) / 2  # the other process has three times as much
+
+    wanted = recipe_of({"name": "raco", "objectives": WEIGHTS})
+    with trainer_of(wanted, nf4, tmp_path) as trainer:
+        assert isinstance(trainer, RacoTrainer)
+        (part,) = batches(trainer, 4, 1)
+        flat = gradients_of(trainer.objective_losses(trainer.model, part), trainer)
+        parameters = list(adapters.trainable(trainer.model).values())
+        sizes = [parameter.numel() for parameter in parameters]
+        each = [[one.view_as(like) for one, like in zip(g.split(sizes), parameters, strict=True)] for g in flat]
+        trainer.model.zero_grad()
+        monkeypatch.setattr(trainer, "accelerator", Two())
+        trainer._write(parameters, each)
+        found = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+    assert reduced == ["mean"] * len(parameters) * 2
+    g = 2 * torch.stack(flat)
+    step = solve(g @ g.T, torch.tensor(list(WEIGHTS.values())), 0.4)
+    torch.testing.assert_close(found, step.coefficients.float() @ g, rtol=1e-3, atol=1e-6)
