@@ -86,7 +86,7 @@ def is_about(data: DataSpec, preference: str) -> bool:
     """Whether a data section asks for pairs of this preference."""
     source, _, part = data.source.partition(":")
     if source == "sandbox":
-        return part == preference
+        return part in (preference, "rated", "rated-4")  # rated replies are about all axes
     form, _, attribute = (data.form or "").partition(":")
     assert form in FORMS
     if form == "hh-rlhf":

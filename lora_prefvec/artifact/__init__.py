@@ -4,7 +4,7 @@ from lora_prefvec.artifact.approximate import Approximation, approximate
 from lora_prefvec.artifact.atomic import atomic_file, atomic_folder, check_output, check_target
 from lora_prefvec.artifact.base_facts import Base, find_base, need_base, read_base
 from lora_prefvec.artifact.calibration import keep_calibration, no_provenance, plain_coefficient
-from lora_prefvec.artifact.condition import check_condition, conditioned
+from lora_prefvec.artifact.condition import check_condition, conditioned, told, write_condition
 from lora_prefvec.artifact.describe import compare, describe, powers_of_two
 from lora_prefvec.artifact.export_gguf import GgufPlan, import_gguf, plan_gguf, write_gguf
 from lora_prefvec.artifact.export_mlx import MlxPlan, plan_mlx, write_mlx
@@ -110,9 +110,11 @@ __all__ = [
     "resolve_adapter",
     "resolve_base",
     "shipped",
+    "told",
     "typed_mix",
     "typed_term",
     "write_adapter",
+    "write_condition",
     "write_gguf",
     "write_mlx",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import yaml
 
-from lora_prefvec.artifact.provenance import DataFacts, Parent, Provenance
+from lora_prefvec.artifact.condition import told, write_condition
+from lora_prefvec.artifact.provenance import ConditionFacts, DataFacts, Parent, Provenance
 from lora_prefvec.vector import written_coefficient
 
 _WHAT = {
@@ -71,6 +72,9 @@ def _summary(facts: Provenance, rank: int, modules: int) -> str:
             "away from it; 1.0 is where to start, -1 to 2 the usual range. Vectors of one base add up, so that several "
             "preferences can be mixed at inference time, and a new one needs no retraining of the others."
         )
+    if facts.condition:
+        how = f", trained by {facts.method.upper()}" if facts.method else ""
+        return f"{size}{how}. What is asked for stands in the prompt: {told(facts.condition)}."
     if facts.objectives:
         weighed = ", ".join(f"{one.name} {one.weight:g}" for one in facts.objectives)
         return f"{size}, trained by {(facts.method or '').upper()} on objectives of the weights {weighed}."
@@ -153,6 +157,11 @@ def _usage(facts: Provenance, rank: int) -> str:
     first = 'prefvec generate FOLDER=1 --prompt "How do I ...?"\nprefvec compose FOLDER=1 OTHER=0.5 --out MIX'
     if facts.kind == "preference_adapter":
         first = "prefvec extract POSITIVE NEGATIVE --out VECTOR"
+    asked = ""
+    if facts.condition:
+        option, prompt = _asked(facts.condition)
+        first = f'prefvec generate FOLDER=1 {option} --prompt "How do I ...?"'
+        asked = f"\n\nOther programs write the condition into the prompt themselves:\n\n```\n{prompt}\n```"
     return f"""## Use
 
 With [lora-prefvec](https://pypi.org/project/lora-prefvec/), {where}:
@@ -160,7 +169,7 @@ With [lora-prefvec](https://pypi.org/project/lora-prefvec/), {where}:
 ```bash
 pip install lora-prefvec
 {first}
-```
+```{asked}
 
 With PEFT alone, at coefficient 1:
 
@@ -173,6 +182,15 @@ model = PeftModel.from_pretrained(base, "FOLDER")
 ```
 
 vLLM serves it as it is, with `--enable-lora --max-lora-rank {_served_rank(rank)}`."""
+
+
+def _asked(condition: ConditionFacts) -> tuple[str, str]:
+    """The option that asks for as much of the first axis as can be, and the prompt that comes of it."""
+    axis, (_, high) = next(iter(condition.axes.items()))
+    asked = {axis: high} if condition.kind == "levels" else dict.fromkeys(condition.axes, 0.0) | {axis: high}
+    turns = write_condition(condition, asked, [{"role": "user", "content": "How do I ...?"}])
+    option = "condition" if condition.kind == "levels" else "direction"
+    return f"--{option} {axis}={high:g}", "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 def _served_rank(rank: int) -> int:
@@ -191,6 +209,8 @@ def _limits(facts: Provenance) -> str:
         lines.append(
             "Far from the coefficients above, text loses its fluency. Look at replies before relying on a mix."
         )
+    if facts.condition:
+        lines.append("A condition is a part of the prompt: whoever writes the prompt can write another one.")
     lines.append("A preference is a tendency learned from pairs, and no guarantee: it is not a safety filter.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 

@@ -18,16 +18,21 @@ def conditioned(facts: ConditionFacts, asked: Mapping[str, float], messages: Seq
     A direction stands in the system prompt, as DPA (arXiv 2402.18571) writes it, in hundredths.
 
     Raises:
-        InputError: as `check_condition`.
+        InputError: as `check_condition`, or nobody asks anything in the conversation.
     """
-    asked = check_condition(facts, asked)
+    return write_condition(facts, check_condition(facts, asked), messages)
+
+
+def write_condition(facts: ConditionFacts, asked: Mapping[str, float], messages: Sequence[Message]) -> list[Message]:
+    """`conditioned`, for what `check_condition` has returned."""
     turns = [dict(message) for message in messages]
     if not asked:
         return turns
     if facts.kind == "levels":
-        tags = "".join(f"< {axis}: {level:g} > " for axis, level in asked.items())
-        last = max(place for place, turn in enumerate(turns) if turn["role"] == "user")
-        turns[last]["content"] = tags + turns[last]["content"]
+        users = [turn for turn in turns if turn["role"] == "user"]
+        if not users:
+            raise InputError("a condition stands before what the user says, and no user says anything", "Add a turn.")
+        users[-1]["content"] = tags(asked) + users[-1]["content"]
         return turns
     rating = " + ".join(f"{axis}*{round(100 * part)}" for axis, part in asked.items())
     text = f"Maximize weighted rating = {rating}."
@@ -37,11 +42,25 @@ def conditioned(facts: ConditionFacts, asked: Mapping[str, float], messages: Seq
     return turns
 
 
+def tags(asked: Mapping[str, float]) -> str:
+    """Levels as they stand in a prompt, the space before the user's own words included."""
+    return "".join(f"< {axis}: {level:g} > " for axis, level in asked.items())
+
+
+def told(facts: ConditionFacts) -> str:
+    """What can be asked for: `helpful 1, 2 or 3; harmless 0 or 1`, or the components of a direction."""
+    parts = []
+    for axis, (low, high) in facts.axes.items():
+        *others, last = [f"{level:g}" for level in facts.levels.get(axis, [])] or [f"{low:g} to {high:g}"]
+        parts.append(f"{axis} " + " or ".join(filter(None, [", ".join(others), last])))
+    return "; ".join(parts)
+
+
 def check_condition(facts: ConditionFacts, asked: Mapping[str, float]) -> dict[str, float]:
     """What is asked in the adapter's own order of axes; a direction is brought to length 1.
 
     Raises:
-        InputError: an axis that the adapter does not know, a level out of its range, a direction of length zero.
+        InputError: an axis that the adapter does not know, a level that it was not trained on, a direction of length 0.
     """
     for axis, value in asked.items():
         if axis not in facts.axes:
@@ -52,10 +71,8 @@ def check_condition(facts: ConditionFacts, asked: Mapping[str, float]) -> dict[s
     if facts.kind == "levels":
         for axis, level in found.items():
             low, high = facts.axes[axis]
-            if not (low <= level <= high and level == round(level)):
-                raise InputError(
-                    f"the condition {axis}={level:g} is no level of the adapter", f"Levels go from {low:g} to {high:g}."
-                )
+            if level not in (facts.levels.get(axis) or range(round(low), round(high) + 1)):
+                raise InputError(f"{axis}={level:g} is no level of the adapter", f"It can be asked for {told(facts)}.")
         return found
     if not found:
         return found

@@ -58,15 +58,24 @@ class ObjectiveFacts(_Facts):
 class ConditionFacts(_Facts):
     """How a conditional adapter is asked, in its prompt, for more or less of an axis.
 
+    Axes are in the order of their names, whatever wrote them down: so they stand in the prompts of training, and after.
+
     Args:
         kind: `levels` for a whole number on each axis (CPO), `direction` for a unit vector over all of them (DPA).
         axes: axis -> the lowest and the highest level or component that it was trained on.
+        levels: axis -> all levels that it was trained on, lowest first; empty for a direction.
         system: whether a direction stands in a system turn of its own; else it begins the first turn.
     """
 
     kind: Literal["levels", "direction"]
     axes: dict[str, tuple[float, float]]
+    levels: dict[str, list[float]] = Field(default_factory=dict)
     system: bool = False
+
+    @field_validator("axes", "levels")
+    @classmethod
+    def _by_name(cls, axes: dict[str, Any]) -> dict[str, Any]:
+        return dict(sorted(axes.items()))
 
 
 class TrainingFacts(_Facts):

@@ -12,6 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_prefvec.cli.conditions import (
+    asks,
+    check_asked,
+    condition_facts,
+    typed_condition,
+    written_axes,
+    written_condition,
+)
 from lora_prefvec.cli.live import Live, Quantization, check_base, find_live, live_name, live_part, written_mix
 from lora_prefvec.cli.options import live_mix
 from lora_prefvec.errors import InputError, PrefvecError, nearest
@@ -26,6 +34,8 @@ if TYPE_CHECKING:
 HELP = """\
 /mix                   show the coefficients
 /mix helpful=0.5 ...   change the named ones
+/condition             show what the adapter is asked for
+/condition helpful=5   ask for this and nothing else; /condition none asks for nothing
 /add REF[=COEF]        attach one more vector
 /remove NAME           take a vector off
 /compare               what the base and the mix say to your last message
@@ -40,11 +50,14 @@ Ctrl-C stops a reply."""
 
 @click.command()
 @live_mix
+@asks
 def chat(
     refs: tuple[str, ...],
     base: str | None,
     quantization: Quantization | None,
     allow_mismatch: bool,
+    levels: tuple[str, ...],
+    direction: str | None,
     **settings: Any,
 ) -> None:
     """A conversation with a base and a mix that changes while you talk.
@@ -54,8 +67,11 @@ def chat(
     > /mix harmless=-0.5
     > /compare
     """
-    talk = Chat(find_live(refs, base, quantization, allow_mismatch), allow_mismatch, **settings)
-    out.note(f"{talk.live.base} with {talk.shown}\n/help lists the commands, /quit ends.")
+    live = find_live(refs, base, quantization, allow_mismatch)
+    condition = typed_condition(levels, direction, live.ingredients)
+    talk = Chat(live, allow_mismatch, condition=condition, **settings)
+    asked = f", {written_condition(condition)}" if condition else ""
+    out.note(f"{talk.live.base} with {talk.shown}{asked}\n/help lists the commands, /quit ends.")
     for line in typed_lines():
         if line == "/quit":
             return
@@ -88,6 +104,7 @@ class Chat:
     Attributes:
         history: messages of both sides in turn, the user's first.
         retries: how often the last reply was asked for anew; its seed depends on it.
+        condition: what is asked of a conditional adapter; it stands in the last message only, and not in the history.
     """
 
     def __init__(
@@ -95,6 +112,7 @@ class Chat:
         live: Live,
         allow_mismatch: bool,
         *,
+        condition: Mapping[str, float] | None = None,
         seed: int = 0,
         max_new_tokens: int = 256,
         temperature: float = 1.0,
@@ -108,6 +126,7 @@ class Chat:
         self.ingredients = dict(live.ingredients)
         self.history: list[dict[str, str]] = []
         self.retries = 0
+        self.condition = dict(condition or {})
         self.seed = seed
         self.settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
 
@@ -144,6 +163,10 @@ class Chat:
                 self.change(rest)
             case "/mix":
                 out.result(self.mix, text=self.shown)
+            case "/condition" if rest:
+                self.ask(rest)
+            case "/condition":
+                out.result(self.condition, text=written_condition(self.condition))
             case "/add":
                 self.add(rest)
             case "/remove":
@@ -192,6 +215,12 @@ class Chat:
         self.mixer.set_mix(mix)
         out.note(self.shown)
 
+    def ask(self, written: str) -> None:
+        """Ask the conditional adapter for what is named, from the next reply on."""
+        asked = {} if written == "none" else written_axes(written.replace(",", " ").split())
+        self.condition = check_asked(asked, self.ingredients) if asked else {}
+        out.note(written_condition(self.condition))
+
     def add(self, ref: str) -> None:
         """Attach a vector, which has to be one of this base."""
         from lora_prefvec.artifact import open_mix, typed_term
@@ -212,7 +241,9 @@ class Chat:
     def remove(self, name: str) -> None:
         """Take a vector off."""
         self.mixer.remove(name)
-        del self.ingredients[name]
+        known = self.ingredients.pop(name).adapter.provenance
+        if known and known.condition:
+            self.condition = {}
         out.note(self.shown)
 
     def save(self, path: str, *, force: bool) -> None:
@@ -286,13 +317,17 @@ class Chat:
             InputError: the conversation is longer than the context.
             RunError: the model's output is not finite.
         """
+        from lora_prefvec.artifact import write_condition
         from lora_prefvec.inference import ContinuousBatch, Request, Sampling, encode
 
-        before = self.mix
+        before, asked = self.mix, list(messages)
+        if self.condition:
+            asked = write_condition(condition_facts(self.ingredients), self.condition, messages)
         batch = ContinuousBatch(self.loaded, self.mixer, max_rows=len(mixes))
         sampling = Sampling(**self.settings, seed=f"{self.seed + len(messages) - 1}:{self.retries}")
-        ids = encode(self.loaded, list(messages))
-        replies = [batch.add(Request(ids, mix, sampling)) for mix in mixes]
+        replies = [
+            batch.add(Request(encode(self.loaded, asked if mix else list(messages)), mix, sampling)) for mix in mixes
+        ]
         try:
             while batch.waiting or batch.running:
                 for reply in batch.step():

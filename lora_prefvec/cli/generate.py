@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import click
 
+from lora_prefvec.cli.conditions import asks, typed_condition, written_condition
 from lora_prefvec.cli.live import Live, Quantization, find_live, written_mix
 from lora_prefvec.cli.options import live_mix, writes
 from lora_prefvec.cli.prompts import Line, named, read_line, read_records
@@ -20,6 +21,7 @@ from lora_prefvec.progress import progress
 
 @click.command()
 @live_mix
+@asks
 @click.option("--prompt", help="One user message.")
 @click.option("--prompts", type=click.File(encoding="utf-8"), help="JSONL with `prompt` or `messages`; - reads stdin.")
 @click.option(
@@ -32,6 +34,8 @@ def generate(
     base: str | None,
     quantization: Quantization | None,
     allow_mismatch: bool,
+    levels: tuple[str, ...],
+    direction: str | None,
     prompt: str | None,
     prompts: IO[str] | None,
     batch_size: int,
@@ -44,11 +48,13 @@ def generate(
     """Replies of a base with a mix of vectors, to one prompt or to a file of them.
 
     A line of the file may have a `mix` of its own, such as {"helpful": 1, "harmless": -0.5}, in the place of the
-    command's; what it does not name is at 0. So may it have `seed`, `max_new_tokens`, `temperature` and `top_p`.
+    command's; what it does not name is at 0. So may it have `seed`, `max_new_tokens`, `temperature` and `top_p`, and,
+    for an adapter that takes conditions, a `condition` such as {"helpful": 5}.
 
     \b
     prefvec generate helpful=1 harmless=0.5 --prompt "How do I clean the bike?"
     prefvec generate gentle.yaml --prompts questions.jsonl --out replies.jsonl
+    prefvec generate cpo=1 --condition helpful=5 --condition concise=1 --prompt "How do I clean the bike?"
     """
     if (prompt is None) == (prompts is None):
         raise InputError("give one of --prompt and --prompts", 'For example: --prompt "How do I clean the bike?"')
@@ -56,7 +62,8 @@ def generate(
         raise InputError("--resume goes on with a file", "Name it with --out.")
     records = [("--prompt", {"prompt": prompt})] if prompts is None else read_records(prompts)
     live = find_live(refs, base, quantization, allow_mismatch)
-    lines = [read_line(where, record, live, settings, i) for i, (where, record) in enumerate(records)]
+    condition = typed_condition(levels, direction, live.ingredients)
+    lines = [read_line(where, record, live, settings, i, condition) for i, (where, record) in enumerate(records)]
     from lora_prefvec.artifact import check_target
 
     done: dict[int, str] = {}
@@ -65,7 +72,7 @@ def generate(
         done = replies_so_far(partial(out_), lines, resume, force)
     if dry_run:
         plan = {"base": live.base, "quantization": live.quantization, "mix": live.mix, "prompts": len(lines)}
-        out.result({**plan, "out": str(out_) if out_ else None})
+        out.result({**plan, **({"condition": condition} if condition else {}), "out": str(out_) if out_ else None})
         return
     replies = answer(lines, done, live, batch_size, bar=prompts is not None)
     if out_ is not None:
@@ -73,7 +80,8 @@ def generate(
         out.result({"out": str(out_), "replies": len(lines)})
     elif prompts is None:
         ((_, reply),) = replies
-        out.result({"reply": reply, "mix": live.mix}, text=reply)
+        asked = {"condition": condition} if condition else {}
+        out.result({"reply": reply, "mix": live.mix, **asked}, text=reply)
     else:
         show(lines, dict(replies))
 
@@ -97,7 +105,7 @@ def answer(
     for place, line in enumerate(lines):
         if place not in done:
             with named(line.where):
-                places[batch.add(Request(encode(loaded, line.prompt), line.mix, line.sampling))] = place
+                places[batch.add(Request(encode(loaded, line.reads), line.mix, line.sampling))] = place
     with progress("replies", len(lines), start=len(done)) if bar else nullcontext() as shown:
         while batch.waiting or batch.running:
             for reply in batch.step():
@@ -142,7 +150,10 @@ def write(
             gathered.unlink()
     with atomic_file(target, force) as work, work.open("w", encoding="utf-8") as file:
         for place, line in enumerate(lines):
-            answered = {**line.record, "reply": done[place], "mix": line.asked()["mix"]}
+            asked = line.asked()
+            answered = {**line.record, "reply": done[place], "mix": asked["mix"]}
+            if "condition" in asked:
+                answered["condition"] = asked["condition"]
             print(json.dumps(answered, ensure_ascii=False), file=file)
     gathered.unlink()
 
@@ -181,11 +192,12 @@ def partial(target: Path) -> Path:
 
 
 def show(lines: Sequence[Line], replies: dict[int, str]) -> None:
-    """Prompts and replies as a table, with the mixes where lines have their own."""
-    own = any("mix" in line.record for line in lines)
+    """Prompts and replies as a table, with the mixes and the conditions where lines have their own."""
+    own, asked = (any(key in line.record for line in lines) for key in ("mix", "condition"))
     rows = []
     for place, line in enumerate(lines):
         prompt = line.prompt if isinstance(line.prompt, str) else line.prompt[-1]["content"]
         mix = line.asked()["mix"] if out.format == "json" else written_mix(line.mix)
-        rows.append([prompt, *([mix] if own else []), replies[place]])
-    out.table(["prompt", *(["mix"] if own else []), "reply"], rows)
+        condition = dict(line.condition) if out.format == "json" else written_condition(line.condition)
+        rows.append([prompt, *([mix] if own else []), *([condition] if asked else []), replies[place]])
+    out.table(["prompt", *(["mix"] if own else []), *(["condition"] if asked else []), "reply"], rows)

@@ -149,6 +149,7 @@ def layer_name(layer: int | None) -> str:
 
 def facts_of(entry: dict[str, Any], facts: Provenance | None) -> list[tuple[str, str]]:
     """Provenance as lines of name and value."""
+    from lora_prefvec.artifact import told
     from lora_prefvec.vector import written_coefficient
 
     lines = [("vector", entry["ref"]), ("kind", str(entry["kind"]).replace("_", " "))]
@@ -156,6 +157,8 @@ def facts_of(entry: dict[str, Any], facts: Provenance | None) -> list[tuple[str,
         lines.append(("preference", facts.preference or "-"))
         made = [facts.method or "", {"pair": "two runs", "two": "one two-sided run"}.get(facts.sides or "", "")]
         lines.append(("method", ", ".join(filter(None, made)) or "-"))
+        if facts.condition:
+            lines.append(("conditions", told(facts.condition)))
     base = facts.base if facts else None
     lines.append(("base", (entry["base"] or "unknown") + (f"@{base.revision[:12]}" if base and base.revision else "")))
     if facts and facts.data:

@@ -1,13 +1,14 @@
-"""Files of prompts: JSONL, each line with a prompt, and perhaps with a mix and settings of its own."""
+"""Files of prompts: JSONL, each line with a prompt, and perhaps with a mix, a condition and settings of its own."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
+from lora_prefvec.cli.conditions import condition_facts, condition_of_record
 from lora_prefvec.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -25,43 +26,69 @@ class Line:
     Args:
         record: the object that the prompt came in.
         where: what an error calls it.
+        condition: what is asked of a conditional adapter.
+        reads: the prompt as the model reads it, with the condition.
     """
 
     record: dict[str, Any]
     where: str
     mix: Mapping[str, Coefficient]
     sampling: Sampling
+    condition: Mapping[str, float] = field(default_factory=dict)
+    reads: str | list[dict[str, str]] = ""
 
     @property
     def prompt(self) -> str | list[dict[str, str]]:
         """A user's message, or a conversation."""
-        prompt: str | list[dict[str, str]] = self.record.get("messages") or self.record["prompt"]
-        return prompt
+        return prompt_of(self.record)
 
     def asked(self) -> dict[str, Any]:
         """What the reply depends on beside the base, as JSON holds it."""
         mix = {name: list(one) if isinstance(one, tuple) else one for name, one in self.mix.items()}
-        return {"record": self.record, "mix": mix, **{name: asdict(self.sampling)[name] for name in SETTINGS}}
+        condition = {"condition": dict(self.condition)} if self.condition else {}
+        settings = {name: asdict(self.sampling)[name] for name in SETTINGS}
+        return {"record": self.record, "mix": mix, **condition, **settings}
 
 
-def read_line(where: str, record: dict[str, Any], live: Live, settings: Mapping[str, Any], number: int) -> Line:
+def read_line(
+    where: str,
+    record: dict[str, Any],
+    live: Live,
+    settings: Mapping[str, Any],
+    number: int,
+    condition: Mapping[str, float] | None = None,
+) -> Line:
     """A prompt, with what its record asks for itself.
 
     Args:
         live: whose mix a record has that names none.
         settings: `seed`, `max_new_tokens`, `temperature` and `top_p` of a record that has none.
         number: which of the prompts it is; the seed of a record that has none depends on it.
+        condition: of a record that has none.
 
     Raises:
-        InputError: the mix or a setting is wrong; the message says where.
+        InputError: the mix, the condition or a setting is wrong; the message says where.
     """
+    from lora_prefvec.artifact import write_condition
     from lora_prefvec.inference import Sampling
 
     with named(where):
         mix = live.mix if record.get("mix") is None else read_mix(record["mix"], live)
         own = {name: read_setting(name, record[name]) for name in SETTINGS if record.get(name) is not None}
         sampling = Sampling(**{**settings, "seed": f"{settings['seed']}:{number}", **own})
-    return Line(record, where, mix, sampling)
+        asked, reads = dict(condition or {}), prompt_of(record)
+        if record.get("condition") is not None:
+            asked = condition_of_record(record["condition"], live.ingredients)
+        if asked:
+            messages = [{"role": "user", "content": reads}] if isinstance(reads, str) else reads
+            reads = write_condition(condition_facts(live.ingredients), asked, messages)
+    return Line(record, where, mix, sampling, asked, reads)
+
+
+def prompt_of(record: Mapping[str, Any]) -> str | list[dict[str, str]]:
+    """What a record asks: a user's message, or a conversation."""
+    prompt: str | list[dict[str, str]] = record.get("messages") or record["prompt"]
+    return prompt
 
 
 def read_mix(written: Any, live: Live) -> dict[str, Coefficient]:

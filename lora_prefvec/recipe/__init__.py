@@ -1,7 +1,9 @@
 """The recipe: the YAML file that makes an artifact."""
 
 from lora_prefvec.recipe.methods import (
+    AxisSpec,
     BfpoSpec,
+    CpoSpec,
     DpoLwSpec,
     MethodSpec,
     ModpoSpec,
@@ -19,8 +21,10 @@ from lora_prefvec.recipe.sections import AnchorSpec, BaseSpec, DataSpec, LoraSpe
 
 __all__ = [
     "AnchorSpec",
+    "AxisSpec",
     "BaseSpec",
     "BfpoSpec",
+    "CpoSpec",
     "DataSpec",
     "DpoLwSpec",
     "LoraSpec",

@@ -138,8 +138,49 @@ class SftSpec(Section):
     name: Literal["sft"]
 
 
+class AxisSpec(Section):
+    """An axis of CPO: omega and lambda of its part omega_i g_i in the value of a reply.
+
+    A condition counts `penalty` for each level that a reply is off. The paper's example has 1 for both; an axis that
+    pulls against the others, such as brevity against help, is followed only where its condition counts for more.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+    penalty: float = Field(default=1.0, gt=0)
+
+
+class CpoSpec(Section):
+    """CPO (arXiv 2402.19085): an adapter whose prompt asks for levels of some axes, by tags.
+
+    `objectives` are the ratings that become axes, as a list of names or with weights. A condition names no axis in
+    `untagged` of all draws, and so asks for the best; one axis in `single` of them; and otherwise several. A third each
+    is the paper's mixture on UltraFeedback (24,000 rows of each sort). Levels are drawn from those seen in the data.
+    Each prompt gives `pairs` pairs, in the paper about one. Fine-tuning has a rate and a length of its own, and takes
+    those of `training` where they are left out; the paper gives both stages three epochs.
+    """
+
+    name: Literal["cpo"]
+    objectives: Annotated[dict[str, AxisSpec], Field(min_length=1, max_length=MOST_OBJECTIVES)]
+    untagged: float = Field(default=1 / 3, ge=0, lt=1)
+    single: float = Field(default=1 / 3, ge=0, le=1)
+    pairs: int = Field(default=1, ge=1)
+    sft_learning_rate: float | None = Field(default=None, gt=0)
+    sft_epochs: float | None = Field(default=None, gt=0)
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _names_alone(cls, given: Any) -> Any:
+        return {name: {} for name in given} if isinstance(given, list) else given
+
+    @model_validator(mode="after")
+    def _shares_of_one(self) -> CpoSpec:
+        if self.untagged + self.single > 1 + 1e-9:
+            raise ValueError(f"untagged {self.untagged:g} and single {self.single:g} are more than all conditions")
+        return self
+
+
 MethodSpec = Annotated[
-    PreferenceVectorSpec | DpoLwSpec | RacoSpec | ModpoSpec | BfpoSpec | SafeFirstSpec | SftSpec,
+    PreferenceVectorSpec | DpoLwSpec | RacoSpec | ModpoSpec | BfpoSpec | SafeFirstSpec | SftSpec | CpoSpec,
     Field(discriminator="name"),
 ]
 METHODS: dict[str, type[Section]] = {
@@ -150,4 +191,5 @@ METHODS: dict[str, type[Section]] = {
     "bfpo": BfpoSpec,
     "safe_first": SafeFirstSpec,
     "sft": SftSpec,
+    "cpo": CpoSpec,
 }

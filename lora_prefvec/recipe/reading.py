@@ -11,7 +11,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lora_prefvec.errors import InputError, nearest
-from lora_prefvec.recipe.methods import METHODS, ObjectiveSpec, PreferenceVectorSpec, SafetySpec, WeightedSpec
+from lora_prefvec.recipe.methods import (
+    METHODS,
+    AxisSpec,
+    CpoSpec,
+    ObjectiveSpec,
+    PreferenceVectorSpec,
+    SafetySpec,
+    WeightedSpec,
+)
 from lora_prefvec.recipe.recipe import Recipe
 from lora_prefvec.recipe.sections import AnchorSpec, BaseSpec, DataSpec, LoraSpec, TrainingSpec
 
@@ -164,12 +172,13 @@ def explain(
 
 def known_keys(path: Sequence[str], content: Mapping[str, Any]) -> list[str]:
     """The keys that a recipe section knows."""
+    given = content.get("method")
+    method = METHODS.get(str(given.get("name")) if isinstance(given, Mapping) else "", PreferenceVectorSpec)
     if len(path) > 2 and path[:2] == ("method", "objectives"):
-        return list((DataSpec if path[-1] == "data" else ObjectiveSpec).model_fields)
+        objective = AxisSpec if method is CpoSpec else ObjectiveSpec
+        return list((DataSpec if path[-1] == "data" else objective).model_fields)
     if tuple(path) == ("method",):
-        given = content["method"]
-        named = given.get("name") if isinstance(given, Mapping) else None
-        return list(METHODS.get(str(named), PreferenceVectorSpec).model_fields)
+        return list(method.model_fields)
     sections: dict[tuple[str, ...], type[BaseModel]] = {
         (): Recipe,
         ("base",): BaseSpec,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_prefvec.artifact import DataFacts, Parent, Provenance, TrainingFacts, atomic_folder, fill_adapter
+from lora_prefvec.recipe import TrainingSpec
 from lora_prefvec.training.run import Finished, Job
 from lora_prefvec.vector import PreferenceVector
 
@@ -44,6 +45,7 @@ class Made:
         metrics: what was measured.
         parts: subfolder -> adapters that lie in the artifact's folder beside it, and are its parents.
         coefficients: of the parts.
+        training: its settings, where they are not the recipe's.
     """
 
     kind: str
@@ -55,6 +57,7 @@ class Made:
     metrics: dict[str, float | None] = field(default_factory=dict)
     parts: dict[str, Made] = field(default_factory=dict)
     coefficients: dict[str, float] = field(default_factory=dict)
+    training: TrainingSpec | None = None
 
 
 def write(target: Path, job: Job, made: Made, *, force: bool) -> None:
@@ -72,7 +75,7 @@ def write(target: Path, job: Job, made: Made, *, force: bool) -> None:
 
 def provenance(job: Job, made: Made, parents: Sequence[Parent] = ()) -> Provenance:
     """What `prefvec.json` says of an adapter."""
-    recipe, spec = job.recipe, job.recipe.training
+    recipe, spec = job.recipe, made.training or job.recipe.training
     return Provenance.model_validate(
         {
             "kind": made.kind,

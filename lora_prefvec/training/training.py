@@ -100,6 +100,10 @@ def plan(recipe: Recipe) -> dict[str, object]:
     method = method_of(recipe)
     loaded: Loaded = method.load(recipe)
     runs = len(method.runs(recipe))
+    # Where not all runs take the same steps, the method knows how many there are.
+    steps = (
+        method.steps(recipe, loaded) if hasattr(method, "steps") else runs * total_steps(recipe.training, loaded.rows)
+    )
     return {
         "preference": recipe.preference,
         "method": recipe.method.name,
@@ -107,7 +111,7 @@ def plan(recipe: Recipe) -> dict[str, object]:
         "training_pairs": loaded.rows,
         "held_out_pairs": loaded.held_out_rows,
         "runs": runs,
-        "steps": runs * total_steps(recipe.training, loaded.rows),
+        "steps": steps,
     }
 
 
