@@ -12,6 +12,7 @@ _WHAT = {
     "preference_vector": "a preference vector",
     "mix": "a mix of preference vectors",
     "conditional_adapter": "a conditional preference adapter",
+    "reward_model": "a reward model",
     "fold": "a model with preference vectors folded in",
 }
 _SIDES = {"pair": "two runs, the second with swapped labels", "two": "one two-sided run"}
@@ -79,6 +80,11 @@ def _summary(facts: Provenance, rank: int, modules: int) -> str:
         return (
             f"{size}, trained by DPO with {labels} for {name}. The preference vector is the adapter trained with the "
             "labels as given minus the one trained with them exchanged (`prefvec extract`)."
+        )
+    if facts.reward:
+        return (
+            f"{size}, with one linear head on the last hidden state for each of {', '.join(facts.reward.axes)}: what a "
+            "reply is rated, learned by least squares. It rates replies and writes none."
         )
     return f"{size}: {_WHAT[facts.kind]}{f', combined by the method `{facts.method}`' if facts.method else ''}."
 
@@ -153,6 +159,8 @@ def _usage(facts: Provenance, rank: int) -> str:
     first = 'prefvec generate FOLDER=1 --prompt "How do I ...?"\nprefvec compose FOLDER=1 OTHER=0.5 --out MIX'
     if facts.kind == "preference_adapter":
         first = "prefvec extract POSITIVE NEGATIVE --out VECTOR"
+    if facts.reward:
+        first = f"prefvec score --replies REPLIES.jsonl --scorer 'reward:FOLDER#{next(iter(facts.reward.axes))}'"
     return f"""## Use
 
 With [lora-prefvec](https://pypi.org/project/lora-prefvec/), {where}:

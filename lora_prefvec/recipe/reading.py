@@ -11,7 +11,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lora_prefvec.errors import InputError, nearest
-from lora_prefvec.recipe.methods import METHODS, ObjectiveSpec, PreferenceVectorSpec, SafetySpec, WeightedSpec
+from lora_prefvec.recipe.methods import (
+    METHODS,
+    ObjectiveSpec,
+    PreferenceVectorSpec,
+    RewardSpec,
+    SafetySpec,
+    WeightedSpec,
+)
 from lora_prefvec.recipe.recipe import Recipe
 from lora_prefvec.recipe.sections import AnchorSpec, BaseSpec, DataSpec, LoraSpec, TrainingSpec
 
@@ -177,6 +184,7 @@ def known_keys(path: Sequence[str], content: Mapping[str, Any]) -> list[str]:
         ("held_out",): DataSpec,
         ("anchors",): AnchorSpec,
         ("method", "safety"): SafetySpec,
+        ("method", "reward"): RewardSpec,
         ("lora",): LoraSpec,
         ("training",): TrainingSpec,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_prefvec.training.methods import bfpo, dpo_lw, modpo, preference_vector, raco, safe_first, sft
+from lora_prefvec.training.methods import bfpo, dpa, dpo_lw, modpo, preference_vector, raco, safe_first, sft
 
 METHODS: dict[str, Any] = {
     "preference_vector": preference_vector,
@@ -14,6 +14,7 @@ METHODS: dict[str, Any] = {
     "bfpo": bfpo,
     "safe_first": safe_first,
     "sft": sft,
+    "dpa": dpa,
 }
 
 __all__ = ["METHODS"]
