@@ -33,6 +33,7 @@ from lora_prefvec.artifact.provenance import (
     FoldFacts,
     Parent,
     Provenance,
+    RewardFacts,
     TrainingFacts,
     read_provenance,
 )
@@ -44,6 +45,7 @@ from lora_prefvec.artifact.reference import (
     resolve_base,
     shipped,
 )
+from lora_prefvec.artifact.reward_model import RewardModel, fill_reward_model, read_reward_model
 from lora_prefvec.artifact.writing import Written, fill_adapter, plan_adapter, write_adapter
 
 __all__ = [
@@ -63,6 +65,8 @@ __all__ = [
     "MlxPlan",
     "Parent",
     "Provenance",
+    "RewardFacts",
+    "RewardModel",
     "TrainingFacts",
     "Written",
     "adapter_names",
@@ -83,6 +87,7 @@ __all__ = [
     "describe",
     "extract_provenance",
     "fill_adapter",
+    "fill_reward_model",
     "find_base",
     "fold",
     "identity_of",
@@ -106,6 +111,7 @@ __all__ = [
     "read_base",
     "read_mix_file",
     "read_provenance",
+    "read_reward_model",
     "reopen_mix",
     "resolve_adapter",
     "resolve_base",

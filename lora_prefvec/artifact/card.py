@@ -13,6 +13,7 @@ _WHAT = {
     "preference_vector": "a preference vector",
     "mix": "a mix of preference vectors",
     "conditional_adapter": "a conditional preference adapter",
+    "reward_model": "a reward model",
     "fold": "a model with preference vectors folded in",
 }
 _SIDES = {"pair": "two runs, the second with swapped labels", "two": "one two-sided run"}
@@ -83,6 +84,11 @@ def _summary(facts: Provenance, rank: int, modules: int) -> str:
         return (
             f"{size}, trained by DPO with {labels} for {name}. The preference vector is the adapter trained with the "
             "labels as given minus the one trained with them exchanged (`prefvec extract`)."
+        )
+    if facts.reward:
+        return (
+            f"{size}, with one linear head on the last hidden state for each of {', '.join(facts.reward.axes)}: what a "
+            "reply is rated, learned by least squares. It rates replies and writes none."
         )
     return f"{size}: {_WHAT[facts.kind]}{f', combined by the method `{facts.method}`' if facts.method else ''}."
 
@@ -162,6 +168,8 @@ def _usage(facts: Provenance, rank: int) -> str:
         option, prompt = _asked(facts.condition)
         first = f'prefvec generate FOLDER=1 {option} --prompt "How do I ...?"'
         asked = f"\n\nOther programs write the condition into the prompt themselves:\n\n```\n{prompt}\n```"
+    if facts.reward:
+        first = f"prefvec score --replies REPLIES.jsonl --scorer 'reward:FOLDER#{next(iter(facts.reward.axes))}'"
     return f"""## Use
 
 With [lora-prefvec](https://pypi.org/project/lora-prefvec/), {where}:

@@ -17,7 +17,7 @@ FILE = "prefvec.json"
 MAX_BYTES = 16 * 2**20  # of any JSON file in an adapter folder
 MAX_ITEMS = 50_000  # in a JSON file that is checked field by field
 
-Kind = Literal["preference_adapter", "preference_vector", "mix", "conditional_adapter", "fold"]
+Kind = Literal["preference_adapter", "preference_vector", "mix", "conditional_adapter", "reward_model", "fold"]
 
 
 class _Facts(BaseModel):
@@ -76,6 +76,18 @@ class ConditionFacts(_Facts):
     @classmethod
     def _by_name(cls, axes: dict[str, Any]) -> dict[str, Any]:
         return dict(sorted(axes.items()))
+
+
+class RewardFacts(_Facts):
+    """The heads of a reward model, which lie in `heads.safetensors`.
+
+    Args:
+        axes: axis -> mean and standard deviation of the ratings that its head learned, in the order of the heads.
+        heads_sha256: of the file.
+    """
+
+    axes: dict[str, tuple[float, float]]
+    heads_sha256: str
 
 
 class TrainingFacts(_Facts):
@@ -193,6 +205,7 @@ class Provenance(_Facts):
         base: the base that training saw; None where a plain adapter did not tell.
         fold: how it was added to a base; None for what is no fold.
         condition: what its prompt can ask for; None for what is no conditional adapter.
+        reward: what its heads rate; None for what is no reward model.
         calibration: the unit of its coefficient; None where nobody measured it.
         metrics: name -> value, as measured when the artifact was made; None for what came out as NaN or infinite.
         weights_sha256: of `adapter_model.safetensors`; filled in when the folder is written.
@@ -212,6 +225,7 @@ class Provenance(_Facts):
     parents: list[Parent] = Field(default_factory=list)
     fold: FoldFacts | None = None
     condition: ConditionFacts | None = None
+    reward: RewardFacts | None = None
     calibration: CalibrationFacts | None = None
     metrics: dict[str, float | None] = Field(default_factory=dict)
     weights_sha256: str | None = None

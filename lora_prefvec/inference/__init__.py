@@ -3,6 +3,7 @@
 from lora_prefvec.inference.base import LoadedBase, load_base
 from lora_prefvec.inference.continuous import ContinuousBatch
 from lora_prefvec.inference.generate import encode, generate, stream
+from lora_prefvec.inference.hidden import final_states, last_states
 from lora_prefvec.inference.log_probs import PreferenceAccuracy, pair_log_probs, preference_accuracy
 from lora_prefvec.inference.mixer import LiveMixer
 from lora_prefvec.inference.render import RenderedPair, RenderedPairs, render_pairs
@@ -27,7 +28,9 @@ __all__ = [
     "Worker",
     "apieces",
     "encode",
+    "final_states",
     "generate",
+    "last_states",
     "load_base",
     "pair_log_probs",
     "pieces",

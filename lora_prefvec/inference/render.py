@@ -120,6 +120,17 @@ def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generati
     return ids
 
 
+def has_system_turn(tokenizer: Any) -> bool:
+    """Whether the chat template shows what a system turn says."""
+    from jinja2.exceptions import TemplateError
+
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    try:
+        return bool(tokenizer.chat_template) and "be brief" in tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:
+        return False
+
+
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """How many leading items two sequences share."""
     length = min(len(first), len(second))

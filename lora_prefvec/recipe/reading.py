@@ -17,6 +17,7 @@ from lora_prefvec.recipe.methods import (
     CpoSpec,
     ObjectiveSpec,
     PreferenceVectorSpec,
+    RewardSpec,
     SafetySpec,
     WeightedSpec,
 )
@@ -186,6 +187,7 @@ def known_keys(path: Sequence[str], content: Mapping[str, Any]) -> list[str]:
         ("held_out",): DataSpec,
         ("anchors",): AnchorSpec,
         ("method", "safety"): SafetySpec,
+        ("method", "reward"): RewardSpec,
         ("lora",): LoraSpec,
         ("training",): TrainingSpec,
     }

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_prefvec.artifact import DataFacts, Parent, Provenance, TrainingFacts, atomic_folder, fill_adapter
+from lora_prefvec.artifact import (
+    DataFacts,
+    Parent,
+    Provenance,
+    TrainingFacts,
+    atomic_folder,
+    fill_adapter,
+    read_provenance,
+)
 from lora_prefvec.recipe import TrainingSpec
 from lora_prefvec.training.run import Finished, Job
 from lora_prefvec.vector import PreferenceVector
@@ -44,8 +53,9 @@ class Made:
         facts: further fields of provenance.
         metrics: what was measured.
         parts: subfolder -> adapters that lie in the artifact's folder beside it, and are its parents.
-        coefficients: of the parts.
         training: its settings, where they are not the recipe's.
+        coefficients: of the parts; 1 where there is none.
+        folders: subfolder -> an adapter's folder, of which the artifact holds a copy, as it is its parent too.
     """
 
     kind: str
@@ -58,6 +68,7 @@ class Made:
     parts: dict[str, Made] = field(default_factory=dict)
     coefficients: dict[str, float] = field(default_factory=dict)
     training: TrainingSpec | None = None
+    folders: dict[str, Path] = field(default_factory=dict)
 
 
 def write(target: Path, job: Job, made: Made, *, force: bool) -> None:
@@ -68,8 +79,13 @@ def write(target: Path, job: Job, made: Made, *, force: bool) -> None:
         for name, part in made.parts.items():
             (folder / name).mkdir()
             sha256 = fill_adapter(folder / name, part.vector, provenance(job, part), recipe=text)
-            coefficient = made.coefficients[name]
+            coefficient = made.coefficients.get(name, 1.0)
             parents.append(Parent(name=f"{job.recipe.preference} {name}", sha256=sha256, coefficient=coefficient))
+        for name, source in made.folders.items():
+            shutil.copytree(source, folder / name)
+            known = read_provenance(source)
+            copied = known.weights_sha256 if known else None
+            parents.append(Parent(name=f"{job.recipe.preference} {name}", sha256=copied))
         fill_adapter(folder, made.vector, provenance(job, made, parents), recipe=text)
 
 

@@ -49,7 +49,16 @@ def reference_log_probs(base: LoadedBase, pairs: Sequence[RenderedPair], *, batc
 
 
 def cache_key(base: LoadedBase, pairs: Sequence[RenderedPair], batch_size: int) -> str:
-    """A hash of all that determines the result bit for bit: the base's weights and arithmetic, and the token ids.
+    """A hash of all that determines the result bit for bit: the base's weights and arithmetic, and the token ids."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps([*arithmetic(base), batch_size]).encode())
+    for pair in pairs:
+        digest.update(json.dumps(asdict(pair)).encode())
+    return digest.hexdigest()
+
+
+def arithmetic(base: LoadedBase) -> list[object]:
+    """What determines a base's outputs bit for bit: its weights, and how it computes.
 
     Files of the Hub's cache are known by their content's hash, others by size and time of change.
     """
@@ -58,16 +67,11 @@ def cache_key(base: LoadedBase, pairs: Sequence[RenderedPair], batch_size: int) 
         blob, facts = file.resolve(), file.stat()
         known = blob.name if blob.parent.name == "blobs" else f"{blob}:{facts.st_size}:{facts.st_mtime_ns}"
         weights.append((file.name, known))
-    digest = hashlib.sha256()
-    facts_of_base = [weights, base.quantization, str(base.model.dtype), base.device.type, torch.__version__, batch_size]
-    digest.update(json.dumps(facts_of_base).encode())
-    for pair in pairs:
-        digest.update(json.dumps(asdict(pair)).encode())
-    return digest.hexdigest()
+    return [weights, base.quantization, str(base.model.dtype), base.device.type, torch.__version__]
 
 
-def cache_folder() -> Path:
-    """`$PREFVEC_CACHE`, or lora-prefvec in the user's cache folder; its `reference` part."""
+def cache_folder(part: str = "reference") -> Path:
+    """`$PREFVEC_CACHE`, or lora-prefvec in the user's cache folder; the part of it that is named."""
     chosen = os.environ.get("PREFVEC_CACHE")
     home = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lora-prefvec"
-    return home / "reference"
+    return home / part

@@ -2,6 +2,7 @@
 
 from lora_prefvec.vector.checks import not_finite
 from lora_prefvec.vector.delta import Cut, LowRankDelta
+from lora_prefvec.vector.direction import along, parse_direction, unit
 from lora_prefvec.vector.filters import (
     Filter,
     Gradient,
@@ -54,6 +55,7 @@ __all__ = [
     "MixEntry",
     "MixTerm",
     "PreferenceVector",
+    "along",
     "check_coefficient",
     "coefficient_at",
     "common_identity",
@@ -73,12 +75,14 @@ __all__ = [
     "module_norms",
     "norm_grid",
     "not_finite",
+    "parse_direction",
     "parse_layers",
     "parse_reference",
     "parse_term",
     "subspace_interference",
     "type_norms",
     "type_of",
+    "unit",
     "written_coefficient",
     "written_layers",
 ]

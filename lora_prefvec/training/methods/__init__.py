@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_prefvec.training.methods import bfpo, cpo, dpo_lw, modpo, preference_vector, raco, safe_first, sft
+from lora_prefvec.training.methods import bfpo, cpo, dpa, dpo_lw, modpo, preference_vector, raco, safe_first, sft
 
 METHODS: dict[str, Any] = {
     "preference_vector": preference_vector,
@@ -15,6 +15,7 @@ METHODS: dict[str, Any] = {
     "safe_first": safe_first,
     "sft": sft,
     "cpo": cpo,
+    "dpa": dpa,
 }
 
 __all__ = ["METHODS"]
