@@ -11,8 +11,8 @@ from __future__ import annotations
 from lora_prefvec.data import RatedPair
 from lora_prefvec.recipe import BfpoSpec, Recipe
 from lora_prefvec.training.methods.dpo_lw import prepare, runs
-from lora_prefvec.training.objectives import Row, Rows, by_signs, load_rows
 from lora_prefvec.training.objectives import train_rows as make
+from lora_prefvec.training.rows import Row, Rows, by_signs, load_rows
 
 __all__ = ["load", "make", "prepare", "runs", "strength"]
 

@@ -31,9 +31,9 @@ from lora_prefvec.progress import progress
 from lora_prefvec.recipe import CpoSpec, DataSpec, Recipe, TrainingSpec
 from lora_prefvec.training.levels import Dice, advantage, levels_of
 from lora_prefvec.training.made import Made
-from lora_prefvec.training.objectives import check_rated, read_rated
 from lora_prefvec.training.prepare import report_cuts
 from lora_prefvec.training.replies import PreparedReplies, ReplyTrainer, render_replies
+from lora_prefvec.training.rows import check_rated, read_rated
 from lora_prefvec.training.run import Job, run, total_steps
 from lora_prefvec.training.trainer import AdapterTrainer
 from lora_prefvec.vector import PreferenceVector

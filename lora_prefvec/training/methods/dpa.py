@@ -36,9 +36,9 @@ from lora_prefvec.output import out
 from lora_prefvec.progress import progress
 from lora_prefvec.recipe import DataSpec, DpaSpec, Recipe
 from lora_prefvec.training.made import Made
-from lora_prefvec.training.objectives import check_rated, read_rated
 from lora_prefvec.training.replies import ReplyTrainer
 from lora_prefvec.training.reward_model import adapted, render, rewards, standardised, trained_reward_model
+from lora_prefvec.training.rows import check_rated, read_rated
 from lora_prefvec.training.run import FINISHED, Finished, Job, read_finished, run
 from lora_prefvec.vector import PreferenceVector
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from lora_prefvec.inference import LoadedBase
 from lora_prefvec.recipe import Recipe, WeightedSpec
 from lora_prefvec.training.made import Made
-from lora_prefvec.training.objectives import RUN, PreparedRows, Rows, by_signs, load_rows, prepare_rows, train_rows
+from lora_prefvec.training.objectives import RUN, train_rows
+from lora_prefvec.training.rows import PreparedRows, Rows, by_signs, load_rows, prepare_rows
 from lora_prefvec.training.run import Job
 
 

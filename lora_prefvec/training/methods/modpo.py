@@ -16,15 +16,8 @@ from lora_prefvec.artifact import read_adapter, resolve_adapter
 from lora_prefvec.inference import LoadedBase, RenderedPair
 from lora_prefvec.recipe import ModpoSpec, Recipe
 from lora_prefvec.training.methods.dpo_lw import runs
-from lora_prefvec.training.objectives import (
-    PreparedRows,
-    Rows,
-    adapter_margins,
-    by_signs,
-    load_rows,
-    prepare_rows,
-)
 from lora_prefvec.training.objectives import train_rows as make
+from lora_prefvec.training.rows import PreparedRows, Rows, adapter_margins, by_signs, load_rows, prepare_rows
 
 __all__ = ["load", "make", "prepare", "runs"]
 

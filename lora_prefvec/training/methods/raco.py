@@ -30,7 +30,8 @@ from lora_prefvec.training import adapter
 from lora_prefvec.training.made import Made
 from lora_prefvec.training.methods.dpo_lw import load, runs
 from lora_prefvec.training.methods.dpo_lw import prepare as prepare_weighted
-from lora_prefvec.training.objectives import ObjectivesTrainer, PreparedRows, Rows, train_rows
+from lora_prefvec.training.objectives import ObjectivesTrainer, train_rows
+from lora_prefvec.training.rows import PreparedRows, Rows
 from lora_prefvec.training.run import Job
 
 __all__ = ["Step", "conflict_averse", "load", "make", "prepare", "runs", "solve"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from lora_prefvec.data import RatedPair
 from lora_prefvec.recipe import Recipe, SafeFirstSpec
 from lora_prefvec.training.methods.dpo_lw import prepare, runs
-from lora_prefvec.training.objectives import Row, Rows, load_rows
 from lora_prefvec.training.objectives import train_rows as make
+from lora_prefvec.training.rows import Row, Rows, load_rows
 
 __all__ = ["load", "make", "prepare", "runs"]
 

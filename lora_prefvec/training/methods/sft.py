@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from lora_prefvec.recipe import DataSpec, Recipe
 from lora_prefvec.training.methods.dpo_lw import prepare, runs
-from lora_prefvec.training.objectives import Rows, load_rows
 from lora_prefvec.training.objectives import train_rows as make
+from lora_prefvec.training.rows import Rows, load_rows
 
 __all__ = ["load", "make", "prepare", "runs"]
 

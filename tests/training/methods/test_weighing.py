@@ -24,7 +24,8 @@ from lora_prefvec.training import train
 from lora_prefvec.training.methods import METHODS
 from lora_prefvec.training.methods.bfpo import strength
 from lora_prefvec.training.methods.raco import RacoTrainer, solve
-from lora_prefvec.training.objectives import ObjectivesTrainer, PreparedRows
+from lora_prefvec.training.objectives import ObjectivesTrainer
+from lora_prefvec.training.rows import PreparedRows
 from tests.training.tiny import QUICK, WORDS, Stop, weights_hash, write_pairs
 
 WEIGHTS = {"warm": 0.3, "short": 0.7}
@@ -240,7 +241,7 @@ def test_modpo_takes_the_frozen_margins_off(recipe_of: Any, nf4: LoadedBase, tmp
     method = {"name": "modpo", "objectives": WEIGHTS, "main": "short", "margins": {"warm": str(frozen.folder)}}
     rows = prepared(recipe_of(method), nf4)
     assert set(rows.dataset["strength"]) == {1 / 0.7}
-    from lora_prefvec.training.objectives import adapter_margins
+    from lora_prefvec.training.rows import adapter_margins
 
     pairs = [
         RenderedPair(*(one[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))) for one in rows.dataset
