@@ -60,7 +60,8 @@ class ConditionFacts(_Facts):
 
     Args:
         kind: `levels` for a whole number on each axis (CPO), `direction` for a unit vector over all of them (DPA).
-        axes: axis -> the lowest and the highest level or component that it was trained on.
+        axes: axis -> the lowest and the highest level or component that it was trained on; in the alphabet's order, in
+            which files are written, so that prompts name them in the same order ever after.
         system: whether a direction stands in a system turn of its own; else it begins the first turn.
     """
 
@@ -68,17 +69,30 @@ class ConditionFacts(_Facts):
     axes: dict[str, tuple[float, float]]
     system: bool = False
 
+    @field_validator("axes")
+    @classmethod
+    def _in_order(cls, axes: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        return dict(sorted(axes.items()))
+
+
+class HeadFacts(_Facts):
+    """One head of a reward model: its axis, and mean and standard deviation of the ratings that it learned."""
+
+    axis: str
+    mean: float
+    sd: float = Field(gt=0)
+
 
 class RewardFacts(_Facts):
-    """The heads of a reward model, which lie in `heads.safetensors`.
+    """The heads of a reward model, in the order in which they lie in `heads.safetensors`, and that file's SHA-256."""
 
-    Args:
-        axes: axis -> mean and standard deviation of the ratings that its head learned, in the order of the heads.
-        heads_sha256: of the file.
-    """
-
-    axes: dict[str, tuple[float, float]]
+    heads: list[HeadFacts]
     heads_sha256: str
+
+    @property
+    def axes(self) -> dict[str, tuple[float, float]]:
+        """Axis -> mean and standard deviation."""
+        return {head.axis: (head.mean, head.sd) for head in self.heads}
 
 
 class TrainingFacts(_Facts):
