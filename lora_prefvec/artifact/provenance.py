@@ -78,16 +78,24 @@ class ConditionFacts(_Facts):
         return dict(sorted(axes.items()))
 
 
+class HeadFacts(_Facts):
+    """One head of a reward model: its axis, and mean and standard deviation of the ratings that it learned."""
+
+    axis: str
+    mean: float
+    sd: float = Field(gt=0)
+
+
 class RewardFacts(_Facts):
-    """The heads of a reward model, which lie in `heads.safetensors`.
+    """The heads of a reward model, in the order in which they lie in `heads.safetensors`, and that file's SHA-256."""
 
-    Args:
-        axes: axis -> mean and standard deviation of the ratings that its head learned, in the order of the heads.
-        heads_sha256: of the file.
-    """
-
-    axes: dict[str, tuple[float, float]]
+    heads: list[HeadFacts]
     heads_sha256: str
+
+    @property
+    def axes(self) -> dict[str, tuple[float, float]]:
+        """Axis -> mean and standard deviation."""
+        return {head.axis: (head.mean, head.sd) for head in self.heads}
 
 
 class TrainingFacts(_Facts):

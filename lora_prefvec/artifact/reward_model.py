@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lora_prefvec.artifact.folder import read_adapter
-from lora_prefvec.artifact.provenance import Provenance, RewardFacts
+from lora_prefvec.artifact.provenance import HeadFacts, Provenance, RewardFacts
 from lora_prefvec.artifact.writing import fill_adapter
 from lora_prefvec.errors import InputError
 from lora_prefvec.vector import BaseIdentity, PreferenceVector
@@ -59,7 +59,10 @@ def fill_reward_model(folder: Path, model: RewardModel, provenance: Provenance, 
     """
     heads = save({"weight": model.weight.contiguous(), "bias": model.bias.contiguous()})
     (folder / HEADS).write_bytes(heads)
-    facts = RewardFacts(axes=dict(model.axes), heads_sha256=hashlib.sha256(heads).hexdigest())
+    facts = RewardFacts(
+        heads=[HeadFacts(axis=axis, mean=mean, sd=sd) for axis, (mean, sd) in model.axes.items()],
+        heads_sha256=hashlib.sha256(heads).hexdigest(),
+    )
     fill_adapter(folder, model.vector, provenance.model_copy(update={"reward": facts}), recipe=recipe)
 
 

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl
 
 from lora_prefvec.errors import InputError, nearest
 from lora_prefvec.evaluation.scorers.custom import custom_scorer
+from lora_prefvec.evaluation.scorers.heads import head
 from lora_prefvec.evaluation.scorers.judge import judge
 from lora_prefvec.evaluation.scorers.likelihood import KL, Fluency
 from lora_prefvec.evaluation.scorers.protocol import Scorer
@@ -29,7 +30,7 @@ BUILT_IN: dict[str, Callable[[], Scorer]] = {
 FORMS = {
     "path/to/file.py:NAME": "your own: a function (prompts, replies) -> scores, or an object that is called like one",
     "reward:FOLDER_OR_ID[#OUTPUT]": "a reward model of transformers; ?sign=-1 for costs, name=, quantization=nf4, "
-    "template=FILE.jinja",
+    "template=FILE.jinja; or the folder of one that DPA trained, #OUTPUT being its axis",
     "judge:URL#MODEL?axis=AXIS": "a language model behind an OpenAI-compatible endpoint: helpful, harmless, refusal, "
     "over_refusal; key_env=VARIABLE, against=REPLIES.jsonl for wins in both orders",
     "refusal": "share of replies that begin like a refusal (XSTest's rule), on prompts not labelled safe",
@@ -57,7 +58,10 @@ def find_scorer(reference: str) -> Scorer:
         whole, _, query = rest.partition("?")
         target, _, part = whole.partition("#")
         options = dict(parse_qsl(query, keep_blank_values=True))
-        return reward_model(target, part, options) if kind == "reward" else judge(target, part, options)
+        if kind == "judge":
+            return judge(target, part, options)
+        heads = (Path(target).expanduser() / "heads.safetensors").is_file()
+        return head(Path(target).expanduser(), part, options) if heads else reward_model(target, part, options)
     if not colon:
         return _built_in(reference)
     sources = _sources()

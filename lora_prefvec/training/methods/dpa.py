@@ -87,10 +87,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt with its rated replies, and the direction in which a reply is wanted, [m] of length 1."""
+    """A prompt with its rated replies, and the direction in which a reply is wanted: axis -> its part, of length 1."""
 
     group: RatedReplies
-    direction: tuple[float, ...]
+    direction: dict[str, float]
 
 
 def runs(recipe: Recipe) -> tuple[str, ...]:
@@ -197,8 +197,8 @@ def make(job: Job, prepared: Prepared) -> Made:
 # -- directions -------------------------------------------------------------------------------------------------------
 
 
-def draw(spec: DpaSpec, dice: random.Random) -> tuple[float, ...]:
-    """A direction of P(v), [m]: its angle from the main axis is uniform up to the cone's, and all turns are alike.
+def draw(spec: DpaSpec, dice: random.Random) -> dict[str, float]:
+    """A direction of P(v): its angle from the main axis is uniform up to the cone's, and all turns are alike.
 
     With two axes that is the paper's: an angle that is uniform between -cone and cone.
     """
@@ -206,10 +206,11 @@ def draw(spec: DpaSpec, dice: random.Random) -> tuple[float, ...]:
     return _turned(spec, angle, [dice.gauss(0, 1) for _ in range(len(spec.axes) - 1)])
 
 
-def _turned(spec: DpaSpec, angle: float, towards: Sequence[float]) -> tuple[float, ...]:
+def _turned(spec: DpaSpec, angle: float, towards: Sequence[float]) -> dict[str, float]:
     """The main axis turned by an angle towards a direction in the others."""
     length = math.hypot(*towards)
-    return (math.cos(angle), *(math.sin(angle) * part / length for part in towards))
+    parts = (math.cos(angle), *(math.sin(angle) * part / length for part in towards))
+    return dict(zip(spec.axes, parts, strict=True))
 
 
 def cone(spec: DpaSpec) -> dict[str, tuple[float, float]]:
@@ -240,7 +241,7 @@ def best_of(asked: Sequence[Asked], replies: Sequence[Sequence[Said]], r: Tensor
     """
     found, start = [], 0
     for one, candidates in zip(asked, replies, strict=True):
-        values = r[start : start + len(candidates)] @ torch.tensor(one.direction)
+        values = r[start : start + len(candidates)] @ torch.tensor(list(one.direction.values()))
         found.append(candidates[int(values.argmax())])
         start += len(candidates)
     return found
@@ -338,13 +339,13 @@ def measure(
     seed = f"{job.recipe.training.seed} held out"
     asked = draw_asked(_spec(job.recipe), held_out, len(held_out), seed)
     r = rate(job, model, asked, sample(job, condition, policy, f"{name} held-out", asked, 1))
-    values = (r * torch.tensor([one.direction for one in asked])).sum(dim=1)
+    values = (r * torch.tensor([list(one.direction.values()) for one in asked])).sum(dim=1)
     return {"value": round(values.mean().item(), 4)}
 
 
 def _written(condition: ConditionFacts, asked: Asked) -> list[Message]:
     """The prompt with its direction in it."""
-    return conditioned(condition, dict(zip(condition.axes, asked.direction, strict=True)), asked.group.prompt)
+    return conditioned(condition, asked.direction, asked.group.prompt)
 
 
 def _finished(job: Job, name: str) -> Finished | None:
