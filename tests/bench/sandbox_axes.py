@@ -29,7 +29,8 @@ from typing import Any
 from lora_prefvec.progress import quiet_libraries
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-quiet_libraries()
+if __name__ == "__main__":  # a test may import this, and wants no silence
+    quiet_libraries()
 
 import torch  # noqa: E402
 
