@@ -41,7 +41,8 @@ sys.path.insert(0, str(REPOSITORY))  # so that the line above runs from any fold
 from lora_prefvec.progress import quiet_libraries  # noqa: E402
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-quiet_libraries()
+if __name__ == "__main__":  # a test may import this, and wants no silence
+    quiet_libraries()
 
 import torch  # noqa: E402
 

@@ -29,17 +29,18 @@ from typing import Any
 from lora_prefvec.progress import quiet_libraries
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-quiet_libraries()
+if __name__ == "__main__":  # a test may import this, and wants no silence
+    quiet_libraries()
 
-import torch  # noqa: E402
+import torch
 
-from lora_prefvec.artifact import resolve_base, shipped  # noqa: E402
-from lora_prefvec.evaluation import Point, find_scorer, spearman, sweep  # noqa: E402
-from lora_prefvec.inference import load_base  # noqa: E402
-from lora_prefvec.recipe import read_recipe  # noqa: E402
-from lora_prefvec.sandbox.scorers import AXES, SCORERS  # noqa: E402
-from lora_prefvec.sandbox.world import prompts  # noqa: E402
-from lora_prefvec.training import train  # noqa: E402
+from lora_prefvec.artifact import resolve_base, shipped
+from lora_prefvec.evaluation import Point, find_scorer, spearman, sweep
+from lora_prefvec.inference import load_base
+from lora_prefvec.recipe import read_recipe
+from lora_prefvec.sandbox.scorers import AXES, SCORERS
+from lora_prefvec.sandbox.world import prompts
+from lora_prefvec.training import train
 
 RESULTS = Path(__file__).parent / "results"
 COEFFICIENTS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,19 +73,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"prefvec {__version__}\n"
 
 
-def test_help_needs_nothing_heavy_and_no_time() -> None:
+def test_help_needs_nothing_heavy() -> None:
     heavy = (
         "[m for m in ('torch', 'transformers', 'rich', 'pydantic', 'datasets', 'numpy', 'yaml') if m in sys.modules]"
     )
-    code = f"import sys; from lora_prefvec.cli.main import main; main(['--help']); print({heavy}, file=sys.stderr)"
+    told = f"print({heavy}, len(sys.modules) < 250, file=sys.stderr)"
+    code = f"import sys; from lora_prefvec.cli.main import main; main(['--help']); {told}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr == "[]\n"
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([*COMMAND, "--help"], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3
+    assert done.stderr == "[] True\n"
 
 
 @pytest.mark.parametrize("line", ["--format json inspect x", "inspect --format json x", "inspect x --format json"])
