@@ -11,6 +11,7 @@ import pytest
 from lora_prefvec.artifact import shipped
 from lora_prefvec.cli.train import find_recipe
 from lora_prefvec.data.forms import ATTRIBUTES, FORMS
+from lora_prefvec.data.rated import HELPSTEER
 from lora_prefvec.recipe import DataSpec, Recipe, Section, read_recipe
 
 RECIPES = sorted(shipped("recipes").glob("*.yaml"), key=lambda file: file.stem)
@@ -41,7 +42,8 @@ def test_the_recipes_that_were_promised_are_there() -> None:
     bases = ("llama-3.2-3b", "llama-3.1-8b", "qwen3-4b", "mistral-7b")
     promised = {f"{base}-{preference}" for base in bases for preference in ("helpful", "harmless")}
     promised |= {f"sandbox-{preference}" for preference in ("helpful", "harmless", "honest", "concise")}
-    promised |= {"llama-3.2-3b-hh-helpful", "llama-3.2-3b-hh-harmless", "llama-3.2-3b-honest", "template"}
+    promised |= {"llama-3.2-3b-hh-helpful", "llama-3.2-3b-hh-harmless", "llama-3.2-3b-honest"}
+    promised |= {"llama-3.2-3b-dpa", "template"}
     assert promised <= {file.stem for file in RECIPES}
 
 
@@ -74,6 +76,10 @@ def test_header_says_what_memory_it_takes_and_what_was_measured(file: Path) -> N
 def test_source_and_form_are_about_the_preference(file: Path) -> None:
     recipe = read_recipe(file)
     assert file.stem.endswith(f"-{recipe.preference}")
+    if recipe.method.name == "dpa":
+        assert (recipe.data.form, recipe.data.source) == ("helpsteer2", "nvidia/HelpSteer2")
+        assert set(recipe.method.axes) <= set(HELPSTEER)
+        return
     assert is_about(recipe.data, recipe.preference)
     if isinstance(recipe.held_out, DataSpec):
         assert is_about(recipe.held_out, recipe.preference)

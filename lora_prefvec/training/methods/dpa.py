@@ -159,18 +159,18 @@ def make(job: Job, prepared: Prepared) -> Made:
     )
     model, facts = read_reward_model(folder, axes=list(spec.axes), base=job.identity)
     made: list[Made] = []
-    for t, name in enumerate(runs(job.recipe)):
+    for name in runs(job.recipe):
+        before = made[-1].vector if made else None
         policy = _finished(job, name)
         if policy is None:
-            if t == 0:
-                asked = draw_asked(spec, groups.train, len(groups.train), f"{job.recipe.training.seed} {name}")
+            count = len(groups.train) if before is None else spec.prompts
+            asked = draw_asked(spec, groups.train, count, f"{job.recipe.training.seed} {name}")
+            if before is None:
                 replies = best_rated(job, model, asked)
-                policy = fine_tune(job, condition, name, asked, replies)
             else:
-                asked = draw_asked(spec, groups.train, spec.prompts, f"{job.recipe.training.seed} {name}")
-                sampled = sample(job, condition, made[-1].vector, f"{name} sampled", asked, spec.samples)
+                sampled = sample(job, condition, before, f"{name} sampled", asked, spec.samples)
                 replies = best_of(asked, sampled, rate(job, model, asked, sampled))
-                policy = fine_tune(job, condition, name, asked, replies, made[-1].vector)
+            policy = fine_tune(job, condition, name, asked, replies, before)
         made.append(
             Made(
                 kind="conditional_adapter",
@@ -184,12 +184,12 @@ def make(job: Job, prepared: Prepared) -> Made:
     steps = dict(zip(runs(job.recipe), made, strict=True))
     metrics = {f"reward.{name}": value for name, value in facts.metrics.items()}
     metrics |= {f"{key}.{name}": value for name, one in steps.items() for key, value in one.metrics.items()}
-    *before, last = steps
+    *earlier, last = steps
     return replace(
         steps[last],
-        runs=[run for one in made for run in one.runs],
+        runs=[done for one in made for done in one.runs],
         metrics=metrics,
-        parts={name: steps[name] for name in before},
+        parts={name: steps[name] for name in earlier},
         folders={"reward": folder},
     )
 
