@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -140,23 +141,34 @@ def test_only_the_best_reply_goes_untagged_and_tags_are_its_own_ratings() -> Non
     assert {one["short"] for one in found["unrated"] if "short" in one} == {1}
 
 
+def asked(prompt: Any) -> dict[str, float]:
+    """The tags of a prompt, of which nothing else is left out."""
+    text = prompt[-1]["content"]
+    found = re.findall(r"< (\w+): (\d) > ", text)
+    assert text.startswith("".join(f"< {axis}: {level} > " for axis, level in found) + "say ")
+    return {axis: float(level) for axis, level in found}
+
+
 def test_prompts_carry_their_tags_and_pairs_lie_as_they_ask(recipe_of: Any) -> None:
     tagged = cpo.load(recipe_of())
     assert tagged.condition.levels == {"warm": [1, 2, 3], "short": [1, 2, 3]}
+    ratings = {"friend": {"warm": 3, "short": 1}, "is": {"warm": 2, "short": 2}}
     assert len(tagged.replies) == 12 * 3
-    assert {prompt[-1]["content"] for prompt, _ in tagged.replies} > {
-        next(prompt[-1]["content"] for prompt, _ in tagged.replies if prompt[-1]["content"].startswith("say"))
-    }
-    warm_asked = [pair for pair in tagged.pairs if pair.prompt[-1]["content"].startswith("< warm: 3 > say")]  # type: ignore[index]
-    assert warm_asked
+    for prompt, said in tagged.replies:
+        own = ratings.get(said[0]["content"].split()[-1], {"short": 3})
+        assert all(own[axis] == level for axis, level in asked(prompt).items() if axis in own)
+    stages = [[asked(prompt) for prompt, _ in tagged.replies], [asked(pair.prompt) for pair in tagged.pairs]]
+    for conditions in stages:  # the same names in both: the released scripts have `helplessness` in the second
+        assert {axis for one in conditions for axis in one} == {"warm", "short"}
+        assert {len(one) for one in conditions} == {0, 1, 2}
     for pair in tagged.pairs:
-        assert isinstance(pair.prompt, list)
-        words, _, said = pair.prompt[-1]["content"].rpartition("> ")
-        assert said.startswith("say ")
-        assert words.count("<") == len(words.split(" > < ")) * bool(words)
+        ends = [part[0]["content"].split()[-1] for part in (pair.chosen, pair.rejected)]  # type: ignore[index]
+        one, other = (reply("", **ratings.get(end, {"short": 3})) for end in ends)
+        if one.ratings.keys() == other.ratings.keys():
+            assert advantage(one, other, asked(pair.prompt), recipe_of().method.objectives) > 0
     for own, turned in zip(tagged.contrasts["warm"][::2], tagged.contrasts["warm"][1::2], strict=True):
         assert (own.chosen, own.rejected) == (turned.rejected, turned.chosen)
-        assert own.prompt != turned.prompt
+        assert asked(own.prompt) != asked(turned.prompt)
 
 
 def test_two_stages_of_which_the_second_starts_and_refers_to_the_first(
