@@ -36,7 +36,7 @@ def write_condition(facts: ConditionFacts, asked: Mapping[str, float], messages:
         return turns
     rating = " + ".join(f"{axis}*{round(100 * part)}" for axis, part in asked.items())
     text = f"Maximize weighted rating = {rating}."
-    if facts.system:
+    if facts.system and turns[0]["role"] != "system":
         return [{"role": "system", "content": text}, *turns]
     turns[0]["content"] = f"{text} {turns[0]['content']}"
     return turns
