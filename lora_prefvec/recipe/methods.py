@@ -155,8 +155,9 @@ class CpoSpec(Section):
     `objectives` are the ratings that become axes, as a list of names or with weights. A condition names no axis in
     `untagged` of all draws, and so asks for the best; one axis in `single` of them; and otherwise several. A third each
     is the paper's mixture on UltraFeedback (24,000 rows of each sort). Levels are drawn from those seen in the data.
-    Each prompt gives `pairs` pairs, in the paper about one. Fine-tuning has a rate and a length of its own, and takes
-    those of `training` where they are left out; the paper gives both stages three epochs.
+    Each prompt gives `pairs` pairs, in the paper about one. Fine-tuning has a rate, a length and batches of its own,
+    and takes those of `training` where they are left out; the paper gives both stages three epochs, and fine-tuning
+    larger batches.
     """
 
     name: Literal["cpo"]
@@ -166,6 +167,7 @@ class CpoSpec(Section):
     pairs: int = Field(default=1, ge=1)
     sft_learning_rate: float | None = Field(default=None, gt=0)
     sft_epochs: float | None = Field(default=None, gt=0)
+    sft_batch_size: int | None = Field(default=None, gt=0)
 
     @field_validator("objectives", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ the place of an exact match; here is the formula. Unlike theirs, fine-tuning lea
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -249,6 +250,9 @@ def fine_tuning(recipe: Recipe) -> TrainingSpec:
         changed["learning_rate"] = spec.sft_learning_rate
     if spec.sft_epochs is not None:
         changed |= {"epochs": spec.sft_epochs, "max_steps": None}
+    if spec.sft_batch_size is not None:
+        micro = math.gcd(training.micro_batch_size, spec.sft_batch_size)
+        changed |= {"batch_size": spec.sft_batch_size, "micro_batch_size": micro}
     return training.model_copy(update=changed)
 
 

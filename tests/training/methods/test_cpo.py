@@ -182,7 +182,8 @@ def test_two_stages_of_which_the_second_starts_and_refers_to_the_first(
             seen.update(start=more["start"], rows=self.train_dataset[:], spec=self.spec)
 
     monkeypatch.setattr(cpo, "CdpoTrainer", Watched)
-    wanted = recipe_of(sft_learning_rate=2e-3)
+    wanted = recipe_of(sft_learning_rate=2e-3, sft_batch_size=3)
+    assert (cpo.fine_tuning(wanted).batch_size, cpo.fine_tuning(wanted).micro_batch_size) == (3, 1)
     made = train(wanted, tmp_path / "levels", base=nf4)
     cpsft = read_adapter(made.folder / "cpsft")
     assert cpsft.provenance is not None
