@@ -8,6 +8,7 @@ import click
 
 from lora_prefvec.cli.measure import command_line, find_questions
 from lora_prefvec.cli.train import find_recipe
+from lora_prefvec.errors import InputError, nearest
 from lora_prefvec.output import out
 
 NARROW = ("seeds", "MB", "tokens", "seconds")  # left out of a terminal's table
@@ -32,7 +33,7 @@ def compare(file: str, out_: Path, dry_run: bool) -> None:
     from lora_prefvec.experiments import read_comparison, table, write_report
     from lora_prefvec.experiments.artifacts import folder_of, recipes_of
 
-    comparison = read_comparison(find_recipe(file))
+    comparison = read_comparison(find_comparison(file))
     questions = find_questions(comparison.sweep.prompts, comparison.sweep.limit, comparison.base.id)
     if dry_run:
         wanted = {
@@ -53,3 +54,20 @@ def compare(file: str, out_: Path, dry_run: bool) -> None:
     out.table(columns, rows)
     if out.format == "human":
         print(f"Report: {written[0]}")
+
+
+def find_comparison(name: str) -> Path:
+    """A comparison's file as given, or the shipped one of that name.
+
+    Raises:
+        InputError: there is neither.
+    """
+    from lora_prefvec.artifact import shipped
+
+    recipes = shipped("recipes")
+    known = {f"compare/{file.stem}": file for file in (recipes / "compare").glob("*.yaml")}
+    if Path(name).is_file():
+        return Path(name)
+    if name not in known:
+        raise InputError(f"there is no comparison {name!r}", nearest(name, known))
+    return known[name]
