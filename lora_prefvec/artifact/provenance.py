@@ -48,11 +48,13 @@ class ObjectiveFacts(_Facts):
 
     Args:
         data: the pairs that it alone learned from; None where it is a rating in the adapter's data.
+        anchors: further pairs of its own.
     """
 
     name: str
     weight: float
     data: DataFacts | None = None
+    anchors: DataFacts | None = None
 
 
 class ConditionFacts(_Facts):

@@ -17,35 +17,52 @@ NARROW = ("seeds", "MB", "tokens", "seconds")  # left out of a terminal's table
 @click.command()
 @click.argument("file")
 @click.option("--out", "out_", type=click.Path(path_type=Path), required=True, help="Folder of all that is made.")
+@click.option(
+    "--artifacts",
+    type=click.Path(path_type=Path),
+    help="Folder of all that is trained, which several comparisons may share; in OUT where left out.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be trained.")
-def compare(file: str, out_: Path, dry_run: bool) -> None:
+def compare(file: str, out_: Path, artifacts: Path | None, dry_run: bool) -> None:
     """Methods side by side, as FILE says: fronts, hypervolumes, and what each took.
 
     FILE is a YAML file or the name of a shipped one.
 
     Trains what is missing, sweeps each method's knob over the same prompts, and reports. A comparison that was stopped
     goes on with the same command, and what is trained already is shared by all methods and by later comparisons there.
+    Where FILE asks for it, each method first gets the best of several learning rates.
 
     \b
     prefvec compare compare/helpful-harmless --out comparison
     """
     from lora_prefvec.experiments import compare as run
     from lora_prefvec.experiments import read_comparison, table, write_report
-    from lora_prefvec.experiments.artifacts import folder_of, recipes_of
+    from lora_prefvec.experiments.artifacts import folder_of, recipes_of, tried
 
     comparison = read_comparison(find_comparison(file))
     questions = find_questions(comparison.sweep.prompts, comparison.sweep.limit, comparison.base.id)
-    if dry_run:
+    rates, artifacts = comparison.rates, artifacts or out_ / "artifacts"
+    validation = find_questions(rates.prompts, rates.limit, comparison.base.id) if rates else []
+    if dry_run:  # whatever rates win, there will be as many artifacts
+        specs = list(comparison.methods.values())
+        asked = [(spec, seed, 1.0) for spec in specs for seed in comparison.seeds]
+        asked += [(tried(spec), comparison.seeds[0], one) for spec in specs for one in (rates.factors if rates else [])]
         wanted = {
-            folder_of(recipe, out_ / "artifacts")
-            for seed in comparison.seeds
-            for spec in comparison.methods.values()
-            for recipe in recipes_of(spec, seed, find_recipe).values()
+            folder_of(recipe, artifacts)
+            for spec, seed, factor in asked
+            for recipe in recipes_of(spec, seed, find_recipe, factor).values()
         }
         missing = [folder for folder in wanted if not (folder / "prefvec.json").is_file()]
         out.result({"artifacts": len(wanted), "to_train": len(missing), "prompts": len(questions), "out": str(out_)})
         return
-    compared = run(comparison, out_, [one.record for one in questions], find_recipe)
+    compared = run(
+        comparison,
+        out_,
+        [one.record for one in questions],
+        find_recipe,
+        validation=[one.record for one in validation],
+        artifacts=artifacts,
+    )
     written = write_report(out_, compared, command_line())
     columns, rows = table(compared)
     if out.format == "human":  # the whole of it is in the report

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_prefvec.artifact import Adapter, ConditionFacts, read_adapter
-from lora_prefvec.errors import InputError
-from lora_prefvec.experiments.spec import AskedSpec, Comparison, MethodSpec, MixSpec, WeightsSpec
+from lora_prefvec.errors import InputError, nearest
+from lora_prefvec.experiments.spec import AskedSpec, Comparison, MethodSpec, MixSpec, OneSpec, WeightsSpec
 from lora_prefvec.inference import LoadedBase
-from lora_prefvec.recipe import Recipe, WeightedSpec, read_recipe
+from lora_prefvec.recipe import CpoSpec, Recipe, WeightedSpec, read_recipe
 from lora_prefvec.training import lattice, train, with_weights
 
 
@@ -48,15 +48,18 @@ class Method:
     trained: list[Adapter] = field(default_factory=list)
 
 
-def recipes_of(spec: MethodSpec, seed: int, find: Callable[[str], Path]) -> dict[str, Recipe]:
+def recipes_of(spec: MethodSpec, seed: int, find: Callable[[str], Path], factor: float = 1.0) -> dict[str, Recipe]:
     """The recipes that a method needs, by the name of what they make.
+
+    Args:
+        factor: multiplies their learning rates.
 
     Raises:
         InputError: a recipe is missing or wrong.
     """
 
     def read(reference: str, overrides: Sequence[str]) -> Recipe:
-        return read_recipe(find(reference), [*overrides, f"training.seed={seed}"])
+        return with_rate(read_recipe(find(reference), [*overrides, f"training.seed={seed}"]), factor)
 
     if isinstance(spec, MixSpec):
         return {name: read(one.recipe, one.set) for name, one in spec.vectors.items()}
@@ -74,6 +77,20 @@ def recipes_of(spec: MethodSpec, seed: int, find: Callable[[str], Path]) -> dict
             if main is None or weights[main]
         }
     return {recipe.preference: recipe}
+
+
+def with_rate(recipe: Recipe, factor: float) -> Recipe:
+    """The recipe with its learning rates times a factor; a reward model keeps its own."""
+    spec, method = recipe.training, recipe.method
+    training = spec.model_copy(update={"learning_rate": spec.learning_rate * factor})
+    if isinstance(method, CpoSpec) and method.sft_learning_rate:
+        method = method.model_copy(update={"sft_learning_rate": method.sft_learning_rate * factor})
+    return recipe.model_copy(update={"training": training, "method": method})
+
+
+def tried(spec: MethodSpec) -> MethodSpec:
+    """What is trained of a method to try a learning rate: of a grid of weights only those of the recipe."""
+    return OneSpec(knob="none", recipe=spec.recipe, set=spec.set) if isinstance(spec, WeightsSpec) else spec
 
 
 def check_bases(comparison: Comparison, recipes: dict[str, Recipe]) -> None:
@@ -106,11 +123,12 @@ def make(name: str, spec: MethodSpec, seed: int, recipes: dict[str, Recipe], sto
         return Method(name, seed, made, places, trained=trained)
     ((key, adapter),) = made.items()
     if isinstance(spec, AskedSpec):
+        adapter = _part(adapter, spec.part)
         facts = adapter.provenance.condition if adapter.provenance else None
         if facts is None:
             raise InputError(f"{spec.recipe} makes no adapter that can be asked", "Give it another knob, or none.")
         places = [Place(asked, {key: 1.0}, asked) for asked in spec.ask]
-        return Method(name, seed, made, places, facts, trained)
+        return Method(name, seed, {key: adapter}, places, facts, trained)
     return Method(name, seed, made, [Place({}, {key: 1.0})], trained=trained)
 
 
@@ -125,5 +143,6 @@ def _part(adapter: Adapter, part: str | None) -> Adapter:
         return adapter
     inside = adapter.path / part
     if not inside.is_dir():
-        raise InputError(f"{adapter.path} holds no {part} adapter", "Set training.sides=pair for its recipe.")
+        held = [entry.parent.name for entry in adapter.path.glob("*/prefvec.json")]
+        raise InputError(f"{adapter.path} holds no adapter {part!r} inside", nearest(part, held))
     return read_adapter(inside)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_prefvec.artifact import check_condition, conditioned, resolve_base
 from lora_prefvec.evaluation import Point, Scorer, Store, evaluate, find_scorer, front, hypervolume, spearman
-from lora_prefvec.experiments.artifacts import Method, Place, check_bases, make, recipes_of
-from lora_prefvec.experiments.spec import Comparison
-from lora_prefvec.inference import LiveMixer, load_base
+from lora_prefvec.experiments.artifacts import Method, Place, check_bases, make, recipes_of, tried
+from lora_prefvec.experiments.spec import Comparison, MethodSpec
+from lora_prefvec.inference import LiveMixer, LoadedBase, load_base
 from lora_prefvec.output import out
 
 Prompts = Sequence[Any]
@@ -41,6 +42,13 @@ class Cost:
     one_more: float | None
 
 
+class Worth(NamedTuple):
+    """What the points of a method are worth against the base: their hypervolume, and the greatest sum of gains."""
+
+    hypervolume: float
+    gain: float
+
+
 @dataclass(frozen=True)
 class Run:
     """A method with one training seed, measured.
@@ -63,75 +71,136 @@ class Run:
 
 @dataclass(frozen=True)
 class Compared:
-    """A finished comparison: the base's own point, and every method with every seed."""
+    """A finished comparison: the base's own point, and every method with every seed.
+
+    Args:
+        rates: method -> factor of its learning rates -> what it was worth on the validation prompts.
+    """
 
     comparison: Comparison
     base: Point
     runs: list[Run]
+    rates: dict[str, dict[float, Worth]]
 
     def of(self, method: str) -> list[Run]:
         """The runs of one method, by seed."""
         return [run for run in self.runs if run.method == method]
 
 
-def compare(comparison: Comparison, folder: Path, prompts: Prompts, find: Callable[[str], Path]) -> Compared:
+@dataclass(frozen=True)
+class Ground:
+    """What all methods of a comparison stand on.
+
+    Args:
+        store: the file of all replies and scores.
+        artifacts: folder of all that is trained.
+    """
+
+    comparison: Comparison
+    base: LoadedBase
+    scorers: list[Scorer]
+    store: Path
+    artifacts: Path
+    find: Callable[[str], Path]
+
+    @property
+    def axes(self) -> list[Scorer]:
+        """The scorers over which the fronts lie."""
+        return self.scorers[: len(self.comparison.axes)]
+
+    def make(self, name: str, spec: MethodSpec, seed: int, factor: float) -> Method:
+        """A method, trained."""
+        recipes = recipes_of(spec, seed, self.find, factor)
+        method = make(name, spec, seed, recipes, self.artifacts, self.base)
+        for place in method.places:
+            if method.facts and place.condition:
+                check_condition(method.facts, place.condition)
+        return method
+
+    def ask(self, prompts: Prompts, method: Method | None = None) -> list[Point]:
+        """A point for each place of a method, or the base's own: mixes of one prompt lie in mixed batches, conditions
+        are asked one after another."""
+        adapters = method.adapters if method else {}
+        store = Store(
+            self.store,
+            base=f"{self.comparison.base.id} {self.comparison.base.quantization}",
+            vectors={key: adapter.sha256 for key, adapter in adapters.items()},
+        )
+        settings = self.comparison.sweep.model_dump(include={"n", "max_new_tokens", "temperature", "seed"})
+        with closing(store), LiveMixer(self.base.model, {key: one.vector for key, one in adapters.items()}) as mixer:
+            ask = partial(evaluate, self.base, mixer, prompts=prompts, scorers=self.scorers, store=store, **settings)
+            if method is None:
+                return ask(mixes=[{}])
+            if method.facts is None:
+                return ask(mixes=[place.mix for place in method.places])
+            return [
+                ask(mixes=[place.mix], turned=partial(conditioned, method.facts, place.condition or {}))[0]
+                for place in method.places
+            ]
+
+
+def compare(
+    comparison: Comparison,
+    folder: Path,
+    prompts: Prompts,
+    find: Callable[[str], Path],
+    *,
+    validation: Prompts = (),
+    artifacts: Path | None = None,
+) -> Compared:
     """Run a comparison in a folder; what is trained or written there already is not done again.
 
     Args:
         prompts: that every method answers.
         find: a recipe's name -> its file.
+        validation: prompts on which learning rates are chosen, where the comparison chooses any.
+        artifacts: folder of all that is trained, which several comparisons may share; in `folder` where left out.
 
     Raises:
         InputError: a recipe, scorer or condition is wrong; told before anything is trained where it can be.
         Interrupted, RunError: as training.
     """
     scorers = [find_scorer(one) for one in [*comparison.axes, *comparison.costs]]
-    wanted = [
-        (name, spec, seed, recipes_of(spec, seed, find))
-        for seed in comparison.seeds
-        for name, spec in comparison.methods.items()
-    ]
-    for _, _, _, recipes in wanted:
-        check_bases(comparison, recipes)
+    for spec in comparison.methods.values():
+        check_bases(comparison, recipes_of(spec, comparison.seeds[0], find))
     base = load_base(
         resolve_base(comparison.base.id, comparison.base.revision), quantization=comparison.base.quantization
     )
     parameters = sum(one.numel() for one in base.model.parameters())
-    (folder / "artifacts").mkdir(parents=True, exist_ok=True)
-    axes = scorers[: len(comparison.axes)]
+    artifacts = artifacts or folder / "artifacts"
+    for one in (folder, artifacts):
+        one.mkdir(parents=True, exist_ok=True)
+    ground = Ground(comparison, base, scorers, folder / STORE, artifacts, find)
+    rates = {name: try_rates(ground, name, spec, validation) for name, spec in comparison.methods.items()}
+    (start,) = ground.ask(prompts)
     runs: list[Run] = []
-    start: Point | None = None
-    for name, spec, seed, recipes in wanted:
-        method = make(name, spec, seed, recipes, folder / "artifacts", base)
-        for place in method.places:
-            if method.facts and place.condition:
-                check_condition(method.facts, place.condition)
-        store = Store(
-            folder / STORE,
-            base=f"{comparison.base.id} {comparison.base.quantization}",
-            vectors={key: adapter.sha256 for key, adapter in method.adapters.items()},
-        )
-        out.note(f"{name}, seed {seed}: {len(method.places)} points")
-        with LiveMixer(base.model, {key: one.vector for key, one in method.adapters.items()}) as mixer:
-            settings = comparison.sweep.model_dump(include={"n", "max_new_tokens", "temperature", "seed"})
-            ask = partial(evaluate, base, mixer, prompts=prompts, scorers=scorers, store=store, **settings)
-            if start is None:
-                (start,) = ask(mixes=[{}])
-            points = _swept(method, ask)
-        store.close()
-        runs.append(measured(method, points, start, axes, parameters))
-    assert start is not None
-    return Compared(comparison, start, runs)
+    for seed in comparison.seeds:
+        for name, spec in comparison.methods.items():
+            method = ground.make(name, spec, seed, best_rate(rates[name]))
+            out.note(f"{name}, seed {seed}: {len(method.places)} points")
+            runs.append(measured(method, ground.ask(prompts, method), start, ground.axes, parameters))
+    return Compared(comparison, start, runs, rates)
 
 
-def _swept(method: Method, ask: Callable[..., list[Point]]) -> list[Point]:
-    """A point for each place: mixes of one prompt in mixed batches, conditions one after another."""
-    facts = method.facts
-    if facts is None:
-        return ask(mixes=[place.mix for place in method.places])
-    return [
-        ask(mixes=[place.mix], turned=partial(conditioned, facts, place.condition or {}))[0] for place in method.places
-    ]
+def try_rates(ground: Ground, name: str, spec: MethodSpec, validation: Prompts) -> dict[float, Worth]:
+    """Every factor of the learning rates that are tried, and what it is worth on the validation prompts."""
+    rates, seed = ground.comparison.rates, ground.comparison.seeds[0]
+    if rates is None:
+        return {}
+    (start,) = ground.ask(validation)
+    reference, found = gains(start, ground.axes), {}
+    for factor in rates.factors:
+        method = ground.make(name, tried(spec), seed, factor)
+        values = [gains(point, ground.axes) for point in ground.ask(validation, method)]
+        best = max(sum(a - b for a, b in zip(one, reference, strict=True)) for one in values)
+        found[factor] = Worth(hypervolume(values, reference), best)
+        out.note(f"{name}, learning rate x{factor:g}: hypervolume {found[factor].hypervolume:.4f}")
+    return found
+
+
+def best_rate(tried: Mapping[float, Worth]) -> float:
+    """The factor of the greatest hypervolume, and among equal ones of the greatest gain; 1 where none was tried."""
+    return max(tried, key=lambda factor: tried[factor]) if tried else 1.0
 
 
 def measured(method: Method, points: list[Point], base: Point, axes: Sequence[Scorer], parameters: int) -> Run:
@@ -222,6 +291,7 @@ def table(compared: Compared) -> tuple[list[str], list[list[Any]]]:
         "adapters",
         "MB",
         "tokens",
+        "tokens of one more",
         "TFLOP",
         "seconds",
     ]
@@ -233,13 +303,14 @@ def table(compared: Compared) -> tuple[list[str], list[list[Any]]]:
         rows.append(
             [
                 name,
-                f"{mean(volumes):.4f}",
+                interval(volumes, 4),
                 " ".join(f"{volume:.4f}" for volume in volumes),
                 *(_shown([run.spearman.get(axis) for run in runs]) for axis in axes),
                 *(_worst(runs, cost) for cost in costs),
                 first.adapters,
                 round(first.size / 1e6, 2),
                 round(mean([run.cost.tokens for run in runs])),
+                round(mean([run.cost.one_more or 0 for run in runs])) or "-",
                 round(mean([run.cost.flops for run in runs]) / 1e12, 2),
                 round(mean([run.cost.seconds for run in runs])),
             ]
@@ -250,6 +321,26 @@ def table(compared: Compared) -> tuple[list[str], list[list[Any]]]:
 def mean(values: Sequence[float]) -> float:
     """The mean."""
     return sum(values) / len(values)
+
+
+def interval(values: Sequence[float], digits: int) -> str:
+    """The mean over the seeds, and Student's 95 % interval of it where there are several."""
+    if len(values) < 2:
+        return f"{mean(values):.{digits}f}"
+    from scipy import stats
+
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return f"{mean(values):.{digits}f} ± {half:.{digits}f}"
+
+
+def against(compared: Compared, name: str) -> tuple[list[str], list[list[Any]]]:
+    """Every method's hypervolume over that of one of them, seed by seed."""
+    other = [run.hypervolume for run in compared.of(name)]
+    rows: list[list[Any]] = []
+    for method in compared.comparison.methods:
+        ratios = [run.hypervolume / at for run, at in zip(compared.of(method), other, strict=True) if at]
+        rows.append([method, interval(ratios, 2) if ratios else "-", " ".join(f"{one:.2f}" for one in ratios)])
+    return ["method", f"hypervolume over {name}'s", "seeds"], rows
 
 
 def _shown(values: Sequence[float | None]) -> str:
@@ -275,6 +366,10 @@ def to_dict(compared: Compared) -> dict[str, Any]:
     return {
         "comparison": compared.comparison.model_dump(mode="json"),
         "base": scores(compared.base),
+        "rates": {
+            name: {"factor": best_rate(worth), "hypervolume": {f"{at:g}": one.hypervolume for at, one in worth.items()}}
+            for name, worth in compared.rates.items()
+        },
         "runs": [
             {
                 "method": run.method,

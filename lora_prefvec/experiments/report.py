@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_prefvec.artifact import atomic_file
 from lora_prefvec.evaluation.plots import DASHES, MARKERS, pyplot, save, spoken
-from lora_prefvec.experiments.compare import Compared, Run, table, to_dict
+from lora_prefvec.experiments.compare import Compared, Run, Worth, against, best_rate, table, to_dict
 
 
 def write_report(folder: Path, compared: Compared, command: str) -> list[Path]:
@@ -38,14 +38,26 @@ def markdown(compared: Compared, command: str) -> str:
         f"`{command}`: base {spec.base.id} ({spec.base.quantization}), training seeds {seeds}, {spec.sweep.limit} "
         f"prompts of {spec.sweep.prompts}, {spec.sweep.n} replies to each at temperature {spec.sweep.temperature:g}.",
         "",
-        "Hypervolume is that of the front against the base's own point, the mean over the seeds; rho is Spearman's "
-        "correlation of a knob with its score. Adapters, bytes, tokens, operations and seconds are what one seed takes "
-        "to cover the front.",
+        "Hypervolume is that of the front against the base's own point, the mean over the seeds with Student's 95 % "
+        "interval; rho is Spearman's correlation of a knob with its score. Adapters, bytes, tokens, operations and "
+        "seconds are what one seed takes to cover the front; one more preference takes a vector of its own, or the "
+        "whole front anew.",
         "",
         *_markdown(columns, rows),
         "",
         "![fronts](fronts.png)",
     ]
+    columns, rows = against(compared, next(iter(spec.methods)))
+    lines += ["", *_markdown(columns, rows)]
+    if spec.rates:
+        factors = [f"x{factor:g}" for factor in spec.rates.factors]
+        lines += [
+            "",
+            f"Learning rates are those of the recipes times the factor with the greatest hypervolume on "
+            f"{spec.rates.limit} prompts of {spec.rates.prompts}, seed {spec.seeds[0]}:",
+            "",
+            *_markdown(["method", *factors, "chosen"], [_rates(name, one) for name, one in compared.rates.items()]),
+        ]
     axes = _names(spec.axes)
     for name in spec.methods:
         points = [
@@ -76,6 +88,10 @@ def draw_fronts(file: Path, compared: Compared) -> None:
     panel.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     save(figure, file)
+
+
+def _rates(name: str, worth: Mapping[float, Worth]) -> list[Any]:
+    return [name, *(f"{one.hypervolume:.4f}" for one in worth.values()), f"x{best_rate(worth):g}"]
 
 
 def _knob(run: Run, place: int) -> str:

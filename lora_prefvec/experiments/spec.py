@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from lora_prefvec.errors import InputError
 from lora_prefvec.recipe import BaseSpec, Section
 
+PART = r"^[a-z0-9][a-z0-9-]*$"
 METHOD = r"^[A-Za-z0-9][A-Za-z0-9 ._+-]*$"
 
 
@@ -26,6 +27,18 @@ class SweepSpec(Section):
     seed: int = 0
 
 
+class RatesSpec(Section):
+    """How every method comes by its learning rate: its recipes' own, times the best of `factors`.
+
+    Each is tried with the first seed: coefficients and conditions at all settings of the knob, weights at those that
+    stand in the recipe. Best is the greatest hypervolume on prompts that the comparison itself does not ask.
+    """
+
+    factors: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    prompts: str = "sandbox:validation"
+    limit: int = Field(default=200, ge=2)
+
+
 class PartSpec(Section):
     """A recipe that makes one of the vectors of a mix; `part` takes an adapter from inside its folder."""
 
@@ -37,20 +50,20 @@ class PartSpec(Section):
 class MixSpec(Section):
     """Vectors that are trained once each and mixed; the knob is their coefficients.
 
-    Each vector takes all of `coefficients`; with `sum_to_one` the mixes are those of them whose sum is 1.
+    Each vector takes all of `coefficients`; with `sum_to` the mixes are those of them whose sum is that.
     """
 
     knob: Literal["coefficients"]
     vectors: Annotated[dict[str, PartSpec], Field(min_length=1)]
     coefficients: Annotated[list[float], Field(min_length=1)]
-    sum_to_one: bool = False
+    sum_to: float | None = None
 
     def points(self) -> list[dict[str, float]]:
         """The mixes."""
         found = [
             dict(zip(self.vectors, row, strict=True)) for row in product(self.coefficients, repeat=len(self.vectors))
         ]
-        return [one for one in found if not self.sum_to_one or abs(sum(one.values()) - 1) < 1e-6]
+        return [one for one in found if self.sum_to is None or abs(sum(one.values()) - self.sum_to) < 1e-6]
 
 
 class WeightsSpec(Section):
@@ -63,11 +76,15 @@ class WeightsSpec(Section):
 
 
 class AskedSpec(Section):
-    """One conditional adapter, asked for several conditions or directions in its prompt."""
+    """One conditional adapter, asked for several conditions or directions in its prompt.
+
+    `part` takes an adapter from inside its folder, such as an earlier round.
+    """
 
     knob: Literal["condition"]
     recipe: str
     set: list[str] = Field(default_factory=list)
+    part: str | None = Field(default=None, pattern=PART)
     ask: Annotated[list[dict[str, float]], Field(min_length=1)]
 
 
@@ -89,6 +106,7 @@ class Comparison(Section):
         axes: the scorers over which the fronts lie.
         costs: further scorers that are told along each front.
         seeds: of training; each is a run of its own.
+        rates: how learning rates are chosen; None for those that the recipes have.
     """
 
     name: str
@@ -97,6 +115,7 @@ class Comparison(Section):
     costs: list[str] = Field(default_factory=list)
     seeds: Annotated[list[int], Field(min_length=1, default_factory=lambda: [0])]
     sweep: SweepSpec = SweepSpec()
+    rates: RatesSpec | None = None
     methods: Annotated[dict[Annotated[str, Field(pattern=METHOD)], MethodSpec], Field(min_length=1)]
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lora_prefvec.recipe.sections import DataSpec, Section
+from lora_prefvec.recipe.sections import AnchorSpec, DataSpec, Section
 
 OBJECTIVE = r"^[a-z0-9]+([-_][a-z0-9]+)*$"
 MOST_OBJECTIVES = 8
@@ -16,11 +16,19 @@ class ObjectiveSpec(Section):
     """One of the wishes that are weighed against each other; in YAML its weight alone says all, where it has no pairs.
 
     Without `data` of its own, an objective is a rating of the replies in the recipe's `data`: it prefers what is rated
-    higher there. With `data`, it is learned from these pairs, and the others have no say in them.
+    higher there. With `data`, it is learned from these pairs, and the others have no say in them; `anchors` are further
+    pairs of its own, whose sign nothing swaps here.
     """
 
     weight: float = Field(ge=0, le=1)
     data: DataSpec | None = None
+    anchors: AnchorSpec | None = None
+
+    @model_validator(mode="after")
+    def _anchors_beside_pairs(self) -> ObjectiveSpec:
+        if self.anchors and not self.data:
+            raise ValueError("anchors go with an objective's own data, and it has none")
+        return self
 
 
 class PreferenceVectorSpec(Section):
@@ -56,6 +64,11 @@ class WeightedSpec(Section):
     def weights(self) -> dict[str, float]:
         """Objective -> weight."""
         return {name: one.weight for name, one in self.objectives.items()}
+
+    @property
+    def brings_data(self) -> bool:
+        """Whether all objectives that train have pairs of their own, so that a recipe needs no `data`."""
+        return all(one.data for one in self.objectives.values())
 
 
 class DpoLwSpec(WeightedSpec):
@@ -97,6 +110,11 @@ class ModpoSpec(WeightedSpec):
         if self.margins.keys() != others:
             raise ValueError(f"margins has to name one adapter for each of: {', '.join(sorted(others))}")
         return self
+
+    @property
+    def brings_data(self) -> bool:
+        """Whether the main objective, which alone trains, has pairs of its own."""
+        return self.objectives[self.main].data is not None
 
 
 class SafetySpec(Section):

@@ -109,6 +109,7 @@ def check_files(recipe: Recipe, name: str, lines: Mapping[tuple[str, ...], int],
     if isinstance(recipe.method, WeightedSpec):
         for name, one in recipe.method.objectives.items():
             sections["method", "objectives", name, "data"] = one.data
+            sections["method", "objectives", name, "anchors"] = one.anchors
     for section, spec in sections.items():
         if isinstance(spec, DataSpec):
             named[*section, "source"] = spec.source

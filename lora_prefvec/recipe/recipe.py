@@ -29,8 +29,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        own = isinstance(self.method, WeightedSpec) and all(one.data for one in self.method.objectives.values())
-        if self.data is None and not own:
+        if self.data is None and not (isinstance(self.method, WeightedSpec) and self.method.brings_data):
             raise ValueError("the key 'data' is missing")
         if self.method.name == "preference_vector":
             return self

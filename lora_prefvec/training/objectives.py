@@ -102,8 +102,9 @@ def train_rows(job: Job, prepared: PreparedRows, make: Callable[[Path], Objectiv
         metrics["held_out_pairs"] = len(prepared.held_out)
     own = prepared.rows.own
     objectives = [
-        {"name": name, "weight": weight, "data": own.get(name)}
+        {"name": name, "weight": weight, "data": data, "anchors": anchors}
         for name, weight in zip(prepared.rows.names, weights, strict=True)
+        for data, anchors in [own.get(name, (None, None))]
     ]
     return Made(
         kind="preference_adapter",

@@ -13,7 +13,7 @@ from lora_prefvec.data import Pair, PairSet, load, split_held_out
 from lora_prefvec.errors import InputError
 from lora_prefvec.inference import LoadedBase, RenderedPair, RenderedPairs, render_pairs
 from lora_prefvec.output import out
-from lora_prefvec.recipe import DataSpec, Recipe
+from lora_prefvec.recipe import AnchorSpec, DataSpec, Recipe
 from lora_prefvec.training.reference import reference_log_probs
 
 
@@ -73,13 +73,7 @@ def load_pairs(recipe: Recipe) -> Pairs:
         train, held_out = found.pairs, read(recipe.held_out, recipe.training.seed).pairs
     else:
         train, held_out = split_held_out(found.pairs, recipe.held_out, recipe.training.seed)
-    anchors: list[Pair] = []
-    anchor_facts = None
-    if recipe.anchors:
-        anchor_set = read(recipe.anchors, recipe.training.seed)
-        wanted = round(len(train) * recipe.anchors.share / (1 - recipe.anchors.share))
-        anchors = repeated(anchor_set.pairs, wanted, recipe.training.seed)
-        anchor_facts = facts(anchor_set, recipe.anchors)
+    anchors, anchor_facts = anchors_for(train, recipe.anchors, recipe.training.seed)
     return Pairs(train, held_out, anchors, facts(found, recipe.data), anchor_facts)
 
 
@@ -138,6 +132,14 @@ def facts(found: PairSet, spec: DataSpec) -> DataFacts:
         sha256=found.sha256,
         rows=len(found),
     )
+
+
+def anchors_for(pairs: list[Pair], spec: AnchorSpec | None, seed: int) -> tuple[list[Pair], DataFacts | None]:
+    """As many anchors as go with these pairs, and what provenance says about them; none where there is no section."""
+    if spec is None:
+        return [], None
+    found = read(spec, seed)
+    return repeated(found.pairs, round(len(pairs) * spec.share / (1 - spec.share)), seed), facts(found, spec)
 
 
 def repeated(pairs: list[Pair], count: int, seed: int) -> list[Pair]:

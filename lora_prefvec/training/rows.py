@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from lora_prefvec.data import Content, Pair, RatedPair, RatedSet, load_rated, ra
 from lora_prefvec.errors import InputError, nearest
 from lora_prefvec.inference import LiveMixer, LoadedBase, RenderedPair, pair_log_probs, render_pairs
 from lora_prefvec.output import out
-from lora_prefvec.recipe import DataSpec, Recipe
-from lora_prefvec.training.prepare import facts, read, report_cuts
+from lora_prefvec.recipe import DataSpec, ObjectiveSpec, Recipe
+from lora_prefvec.training.prepare import anchors_for, facts, read, report_cuts
 from lora_prefvec.training.reference import reference_log_probs
 
 NO_PART = math.nan
@@ -50,7 +51,7 @@ class Rows:
     Args:
         weights: of the objectives; a row is turned so that what they prefer together is its chosen reply.
         data: what provenance records of the recipe's `data`; None where there is none.
-        own: the same of objectives with data of their own.
+        own: the same of objectives with data of their own, and of their anchors.
     """
 
     names: tuple[str, ...]
@@ -58,12 +59,12 @@ class Rows:
     train: list[Row]
     held_out: list[Row]
     data: DataFacts | None
-    own: dict[str, DataFacts]
+    own: dict[str, tuple[DataFacts, DataFacts | None]]
 
     @property
     def hashes(self) -> list[str | None]:
         """What tells whether a run goes on with the data that it began with."""
-        return [one.sha256 for one in (self.data, *self.own.values()) if one]
+        return [one.sha256 for one in (self.data, *chain(*self.own.values())) if one]
 
     @property
     def rows(self) -> int:
@@ -101,7 +102,7 @@ def load_rows(
     recipe: Recipe,
     weights: dict[str, float],
     see: See,
-    own: dict[str, DataSpec] | None = None,
+    objectives: Mapping[str, ObjectiveSpec] | None = None,
     also: Sequence[str] = (),
 ) -> Rows:
     """Read the pairs of a recipe, and set the held-out ones apart.
@@ -110,12 +111,13 @@ def load_rows(
         weights: objective -> weight.
         also: further ratings that are needed.
         see: what a rated pair is to the objectives; None where none of them has a say.
-        own: objective -> the pairs that it alone learns from.
+        objectives: what the recipe says of them; those with pairs of their own learn from these alone.
 
     Raises:
         InputError: a source is missing, unreadable or empty, or an objective has no pairs.
     """
-    own, names = own or {}, tuple(weights)
+    own = {name: one for name, one in (objectives or {}).items() if one.data}
+    names = tuple(weights)
     rows: list[Row] = []
     rated: RatedSet | None = None
     if own.keys() != weights.keys():
@@ -126,23 +128,22 @@ def load_rows(
     own_facts = {}
     for place, name in enumerate(names):
         if name in own:
-            found = read(own[name], recipe.training.seed)
-            own_facts[name] = facts(found, own[name])
+            spec = own[name].data
+            assert spec is not None
+            found = read(spec, recipe.training.seed)
+            anchors, anchor_facts = anchors_for(found.pairs, own[name].anchors, recipe.training.seed)
+            own_facts[name] = facts(found, spec), anchor_facts
             signs = tuple(1.0 if place == other else NO_PART for other in range(len(names)))
-            rows += [Row(pair, signs) for pair in found.pairs]
+            rows += [Row(pair, signs) for pair in (*found.pairs, *anchors)]
     for place, name in enumerate(names):
         if not any(row.signs[place] in (1, -1) for row in rows):
             raise InputError(
                 f"no pair tells which reply is better for the objective {name!r}", "Look at its ratings or signs."
             )
     if isinstance(recipe.held_out, DataSpec):
-        if rated is None:
-            raise InputError(
-                "held_out names a data set of rated replies, and no objective learns from ratings",
-                "Give the number of pairs to set apart.",
-            )
         train = rows
         rated_held_out = read_rated(recipe.held_out, recipe.training.seed)
+        check_rated(rated_held_out, [*names, *also])
         held_out = list(filter(None, map(see, rated_pairs(rated_held_out.groups))))
     else:
         train, held_out = split_held_out(rows, recipe.held_out, recipe.training.seed)

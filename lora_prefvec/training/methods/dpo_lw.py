@@ -19,8 +19,7 @@ def load(recipe: Recipe) -> Rows:
     """Pairs with a sign for every objective, and the pairs of those that bring their own."""
     spec = recipe.method
     assert isinstance(spec, WeightedSpec)
-    own = {name: one.data for name, one in spec.objectives.items() if one.data}
-    return load_rows(recipe, spec.weights, by_signs(list(spec.objectives)), own)
+    return load_rows(recipe, spec.weights, by_signs(list(spec.objectives)), spec.objectives)
 
 
 def prepare(recipe: Recipe, rows: Rows, base: LoadedBase) -> PreparedRows:

@@ -27,8 +27,7 @@ def load(recipe: Recipe) -> Rows:
     spec = spec_of(recipe)
     for reference in spec.margins.values():
         resolve_adapter(reference)
-    own = spec.objectives[spec.main].data
-    rows = load_rows(recipe, {spec.main: 1.0}, by_signs([spec.main]), {spec.main: own} if own else None)
+    rows = load_rows(recipe, {spec.main: 1.0}, by_signs([spec.main]), {spec.main: spec.objectives[spec.main]})
     return replace(rows, train=[replace(row, strength=1 / spec.weights[spec.main]) for row in rows.train])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lora_prefvec.recipe import DataSpec, Recipe
+from lora_prefvec.recipe import ObjectiveSpec, Recipe
 from lora_prefvec.training.methods.dpo_lw import prepare, runs
 from lora_prefvec.training.objectives import train_rows as make
 from lora_prefvec.training.rows import Rows, load_rows
@@ -14,6 +14,6 @@ __all__ = ["load", "make", "prepare", "runs"]
 
 def load(recipe: Recipe) -> Rows:
     """The recipe's pairs, none of which prefers anything: a strength of 0 leaves the likelihood of the chosen reply."""
-    assert isinstance(recipe.data, DataSpec)
-    rows = load_rows(recipe, {recipe.preference: 1.0}, lambda pair: None, {recipe.preference: recipe.data})
+    chosen = ObjectiveSpec(weight=1.0, data=recipe.data)
+    rows = load_rows(recipe, {recipe.preference: 1.0}, lambda pair: None, {recipe.preference: chosen})
     return replace(rows, train=[replace(row, strength=0.0) for row in rows.train])
