@@ -16,7 +16,7 @@ from lora_prefvec.cli.conditions import (
     asks,
     check_asked,
     condition_facts,
-    typed_condition,
+    typed_question,
     written_axes,
     written_condition,
 )
@@ -67,8 +67,7 @@ def chat(
     > /mix harmless=-0.5
     > /compare
     """
-    live = find_live(refs, base, quantization, allow_mismatch)
-    condition = typed_condition(levels, direction, live.ingredients)
+    live, condition = typed_question(find_live(refs, base, quantization, allow_mismatch), levels, direction)
     talk = Chat(live, allow_mismatch, condition=condition, **settings)
     asked = f", {written_condition(condition)}" if condition else ""
     out.note(f"{talk.live.base} with {talk.shown}{asked}\n/help lists the commands, /quit ends.")

@@ -1,16 +1,19 @@
-"""What a conditional adapter is asked for: `--condition helpful=5`, `--direction helpful=0.97,concise=-0.26`."""
+"""What a mix is asked for: `--condition helpful=5` and `--direction helpful=0.97,concise=-0.26`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lora_prefvec.errors import InputError
+from lora_prefvec.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from lora_prefvec.artifact import ConditionFacts, Ingredient
+    from lora_prefvec.cli.live import Live
+    from lora_prefvec.vector import Coefficient
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 EXAMPLES = {"levels": "--condition helpful=5", "direction": "--direction helpful=0.97,concise=-0.26"}
@@ -18,27 +21,54 @@ EXAMPLES = {"levels": "--condition helpful=5", "direction": "--direction helpful
 
 def asks(command: Command) -> Command:
     """`--condition` and `--direction`, for verbs that talk to a live mix."""
-    command = click.option("--direction", metavar="AXIS=PART,...", help="What a DPA adapter is asked to weigh.")(
-        command
-    )
+    command = click.option(
+        "--direction",
+        metavar="AXIS=PART,...",
+        help="What a DPA adapter is asked to weigh; of other vectors their coefficients, each times its part.",
+    )(command)
     return click.option(
         "--condition", "levels", multiple=True, metavar="AXIS=LEVEL", help="A level that a CPO adapter is asked for."
     )(command)
 
 
-def typed_condition(
-    levels: Sequence[str], direction: str | None, ingredients: Mapping[str, Ingredient]
-) -> dict[str, float]:
-    """What a command line asks for, checked against the adapter that takes conditions; nothing where it asks nothing.
+def typed_question(live: Live, levels: Sequence[str], direction: str | None) -> tuple[Live, dict[str, float]]:
+    """The mix and the condition that a command line asks for.
+
+    A direction is asked of a DPA adapter in its prompt. A mix without one is turned there: what is typed as its
+    coefficients is how far it goes along each axis, so that vectors can be asked what such an adapter is.
 
     Raises:
-        InputError: both options are given, one is malformed, or as `check_asked`.
+        InputError: both options are given, one is malformed, or as `check_asked` and `turned`.
     """
+    from lora_prefvec.vector import parse_direction
+
     if levels and direction is not None:
         raise InputError("--condition and --direction are for different adapters", "Give one of them.")
-    if direction is not None:
-        return check_asked(written_axes(direction.split(",")), ingredients, "direction")
-    return check_asked(written_axes(levels), ingredients, "levels") if levels else {}
+    if direction is None:
+        return live, check_asked(written_axes(levels), live.ingredients, "levels") if levels else {}
+    parts = parse_direction(direction)
+    if any(one.adapter.provenance and one.adapter.provenance.condition for one in live.ingredients.values()):
+        return live, check_asked(parts, live.ingredients, "direction")
+    return turned(live, parts), {}
+
+
+def turned(live: Live, direction: Mapping[str, float]) -> Live:
+    """The mix with each coefficient times its vector's part of a direction, 0 where it has none.
+
+    Raises:
+        InputError: the direction names a preference that no vector of the mix is for.
+    """
+    known = {one.name for one in live.ingredients.values()}
+    for axis in direction:
+        if axis not in known:
+            raise InputError(f"no vector of the mix is for {axis!r}", nearest(axis, known))
+    parts = {name: direction.get(one.name, 0.0) for name, one in live.ingredients.items()}
+    return replace(live, mix={name: scaled(coefficient, parts[name]) for name, coefficient in live.mix.items()})
+
+
+def scaled(coefficient: Coefficient, part: float) -> Coefficient:
+    """A coefficient, or one for each depth, times a number."""
+    return tuple(part * one for one in coefficient) if isinstance(coefficient, tuple) else part * coefficient
 
 
 def written_axes(words: Sequence[str]) -> dict[str, float]:

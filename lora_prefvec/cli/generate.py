@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import click
 
-from lora_prefvec.cli.conditions import asks, typed_condition, written_condition
+from lora_prefvec.cli.conditions import asks, typed_question, written_condition
 from lora_prefvec.cli.live import Live, Quantization, find_live, written_mix
 from lora_prefvec.cli.options import live_mix, writes
 from lora_prefvec.cli.prompts import Line, named, read_line, read_records
@@ -55,14 +55,14 @@ def generate(
     prefvec generate helpful=1 harmless=0.5 --prompt "How do I clean the bike?"
     prefvec generate gentle.yaml --prompts questions.jsonl --out replies.jsonl
     prefvec generate cpo=1 --condition helpful=5 --condition concise=1 --prompt "How do I clean the bike?"
+    prefvec generate helpful=1.5 concise=1.5 --direction helpful,concise@-15 --prompt "How do I clean the bike?"
     """
     if (prompt is None) == (prompts is None):
         raise InputError("give one of --prompt and --prompts", 'For example: --prompt "How do I clean the bike?"')
     if resume and out_ is None:
         raise InputError("--resume goes on with a file", "Name it with --out.")
     records = [("--prompt", {"prompt": prompt})] if prompts is None else read_records(prompts)
-    live = find_live(refs, base, quantization, allow_mismatch)
-    condition = typed_condition(levels, direction, live.ingredients)
+    live, condition = typed_question(find_live(refs, base, quantization, allow_mismatch), levels, direction)
     lines = [read_line(where, record, live, settings, i, condition) for i, (where, record) in enumerate(records)]
     from lora_prefvec.artifact import check_target
 

@@ -2,7 +2,7 @@
 
 from lora_prefvec.vector.checks import not_finite
 from lora_prefvec.vector.delta import Cut, LowRankDelta
-from lora_prefvec.vector.direction import along, parse_direction, unit
+from lora_prefvec.vector.direction import parse_direction, unit
 from lora_prefvec.vector.filters import (
     Filter,
     Gradient,
@@ -55,7 +55,6 @@ __all__ = [
     "MixEntry",
     "MixTerm",
     "PreferenceVector",
-    "along",
     "check_coefficient",
     "coefficient_at",
     "common_identity",

@@ -1,4 +1,4 @@
-"""Directions: how much of each preference is wanted, as a unit vector or as an angle, and what that makes of a mix."""
+"""Directions: how much of each preference is wanted, as a unit vector or as an angle."""
 
 from __future__ import annotations
 
@@ -50,20 +50,6 @@ def unit(direction: Mapping[str, float]) -> dict[str, float]:
         raise InputError("a direction of length 0 points nowhere", "Give for example helpful=1.")
     length = math.hypot(*(part / largest for part in parts.values()))
     return {axis: part / largest / length for axis, part in parts.items()}
-
-
-def along(direction: Mapping[str, float], length: float = 1.0) -> dict[str, float]:
-    """The coefficients of the mix that lies so far from the base in a direction: axis -> length x its part of it.
-
-    So vectors can be asked what the prompt of a DPA adapter (arXiv 2402.18571) is asked.
-
-    >>> along({"helpful": 3.0, "concise": -4.0}, 2.0)
-    {'helpful': 1.2, 'concise': -1.6}
-
-    Raises:
-        InputError: as `unit`, or the length is no finite number.
-    """
-    return {axis: finite(length) * part for axis, part in unit(direction).items()}
 
 
 def _number(text: str, whole: str) -> float:

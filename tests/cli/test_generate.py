@@ -28,6 +28,35 @@ def test_coefficient_zero_is_the_base(run: Run) -> None:
     assert run("generate", "helpful=0", "--prompt", "hi", *SHORT) == base
 
 
+@pytest.mark.parametrize(
+    ("direction", "mix"),
+    [
+        ("helpful=3,harmless=-4", {"helpful": 1.2, "harmless": -0.4}),
+        ("helpful,harmless@90", {"helpful": 0.0, "harmless": 0.5}),
+        ("harmless=-7", {"helpful": 0.0, "harmless": -0.5}),
+    ],
+)
+def test_a_direction_turns_a_mix(direction: str, mix: dict[str, float], run: Run) -> None:
+    line = ["generate", "helpful=2", "harmless=0.5", "--prompt", "hi", "--format", "json", *SHORT]
+    code, told, _ = run(*line, "--direction", direction)
+    assert code == 0
+    assert json.loads(told)["mix"] == pytest.approx(mix, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("direction", "said"),
+    [
+        ("helpfull=1", "no vector of the mix is for 'helpfull'. Did you mean 'helpful'?"),
+        ("helpful=0", "a direction of length 0 points nowhere"),
+        ("helpful", "'helpful' is no direction"),
+    ],
+)
+def test_a_wrong_direction_is_one_line(direction: str, said: str, run: Run) -> None:
+    code, _, error = run("generate", "helpful=2", "--prompt", "hi", *SHORT, "--direction", direction)
+    assert (code, error.count("\n")) == (2, 1)
+    assert said in error
+
+
 def test_formats(run: Run) -> None:
     plain = run("generate", "helpful=1", "--prompt", "hi", *SHORT)[1]
     answer = json.loads(run("generate", "helpful=1", "--prompt", "hi", "--format", "json", *SHORT)[1])

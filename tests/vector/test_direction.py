@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_prefvec.errors import InputError
-from lora_prefvec.vector import along, parse_direction, unit
+from lora_prefvec.vector import parse_direction, unit
 
 PARTS = st.dictionaries(
     st.sampled_from(["helpful", "concise", "honest"]),
@@ -18,17 +18,17 @@ PARTS = st.dictionaries(
 )
 
 
-@given(PARTS.filter(lambda parts: any(parts.values())), st.floats(-5, 5))
-def test_a_mix_lies_so_far_in_its_direction(parts: dict[str, float], length: float) -> None:
-    mix = along(parts, length)
-    assert math.hypot(*mix.values()) == pytest.approx(abs(length))
-    assert all(mix[axis] * part * length >= 0 for axis, part in unit(parts).items())
+@given(PARTS.filter(lambda parts: any(parts.values())))
+def test_a_direction_has_length_one(parts: dict[str, float]) -> None:
+    found = unit(parts)
+    assert math.hypot(*found.values()) == pytest.approx(1)
+    assert all(found[axis] * part >= 0 for axis, part in parts.items())
 
 
 def test_an_angle_is_the_same_as_its_parts() -> None:
     angle, parts = parse_direction("helpful,concise@-15"), parse_direction("helpful=0.9659258,concise=-0.2588190")
     assert angle == pytest.approx(parts)
-    assert along(parse_direction("helpful=3, concise=4"), 0.5) == pytest.approx({"helpful": 0.3, "concise": 0.4})
+    assert parse_direction("helpful=3, concise=4") == pytest.approx({"helpful": 0.6, "concise": 0.8})
 
 
 @pytest.mark.parametrize(
