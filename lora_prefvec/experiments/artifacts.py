@@ -69,7 +69,8 @@ def recipes_of(spec: MethodSpec, seed: int, find: Callable[[str], Path], factor:
             raise InputError(
                 f"{spec.recipe} has no weights: its method is {recipe.method.name}", "Give it another knob, or none."
             )
-        grid = lattice(list(recipe.method.objectives), spec.points)
+        points = spec.points
+        grid = lattice(list(recipe.method.objectives), points) if isinstance(points, int) else points
         main = getattr(recipe.method, "main", None)  # MODPO divides by that weight
         return {
             " ".join(f"{name}={weight:g}" for name, weight in weights.items()): with_weights(recipe, weights)

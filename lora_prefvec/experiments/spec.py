@@ -67,12 +67,12 @@ class MixSpec(Section):
 
 
 class WeightsSpec(Section):
-    """A method whose weights are fixed when it trains: one adapter for each of an even grid of weights."""
+    """A method whose weights are fixed when it trains: an adapter for each of an even grid of weights, or of a list."""
 
     knob: Literal["weights"]
     recipe: str
     set: list[str] = Field(default_factory=list)
-    points: int = Field(default=5, ge=2)
+    points: Annotated[int, Field(ge=2)] | Annotated[list[dict[str, float]], Field(min_length=1)] = 5
 
 
 class AskedSpec(Section):

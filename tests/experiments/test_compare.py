@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
+from lora_prefvec.artifact import read_adapter
 from lora_prefvec.cli.main import main
 from lora_prefvec.evaluation.statistics import Score
 from lora_prefvec.evaluation.sweep import Point
 from lora_prefvec.experiments.artifacts import Place
-from lora_prefvec.experiments.compare import along, flops, gains
+from lora_prefvec.experiments.compare import Worth, along, best_rate, flops, gains, interval
+from lora_prefvec.experiments.spec import MixSpec
 from lora_prefvec.sandbox import load_scorer
 from tests.training.methods.test_weighing import rated_file
 from tests.training.tiny import QUICK, hidden, write_pairs
@@ -110,6 +112,43 @@ def test_a_second_seed_is_a_run_of_its_own(compare: Compare, place: Path) -> Non
     assert len(list((place / "out" / "artifacts").iterdir())) == 2
 
 
+def test_each_method_gets_the_best_of_the_rates(compare: Compare, place: Path) -> None:
+    rates = {"factors": [0.5, 4], "prompts": "other.jsonl", "limit": 3}
+    (place / "other.jsonl").write_text("\n".join(json.dumps({"prompt": f"ask {n}"}) for n in range(3)))
+    code, told, _ = compare("--dry-run", "--format", "json", "--artifacts", "made", rates=rates)
+    assert (code, json.loads(told)["to_train"]) == (0, 3 + 2 + 2)  # the vector and RACO's own weights, at two rates
+    methods = {"RACO": {"knob": "weights", "recipe": "both.yaml", "points": [{"warm": 0.25, "short": 0.75}]}}
+    code, _, error = compare("--artifacts", "made", methods=methods)
+    assert code == 0, error
+    found = json.loads((place / "out" / "summary.json").read_text())["rates"]["RACO"]
+    assert set(found["hypervolume"]) == {"0.5", "4"}
+    assert f"| x{found['factor']:g} |" in (place / "out" / "report.md").read_text()
+    learned = []
+    for folder in (place / "made").iterdir():
+        facts = read_adapter(folder).provenance
+        assert facts
+        assert facts.training
+        learned.append((facts.objectives[0].weight, round(facts.training.learning_rate / QUICK["learning_rate"], 6)))
+    assert sorted(learned) == [(0.25, found["factor"]), (0.5, 0.5), (0.5, 4.0)]
+
+
+def test_of_rates_of_equal_room_the_one_with_the_greater_gain_is_taken() -> None:
+    assert best_rate({0.5: Worth(0.0, -0.1), 1.0: Worth(0.0, 0.2), 2.0: Worth(0.0, 0.1)}) == 1
+    assert best_rate({0.5: Worth(0.0, 0.9), 1.0: Worth(0.1, 0.2)}) == 1
+    assert best_rate({}) == 1
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    assert interval([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"  # 4.303 / sqrt(3)
+    assert interval([1.0], 2) == "1.00"
+
+
+def test_mixes_whose_coefficients_sum_to_a_number() -> None:
+    parts = {"a": {"recipe": "x"}, "b": {"recipe": "y"}}
+    given = {"knob": "coefficients", "vectors": parts, "coefficients": [0, 0.5, 1, 2], "sum_to": 2}
+    assert MixSpec.model_validate(given).points() == [{"a": 0, "b": 2}, {"a": 1, "b": 1}, {"a": 2, "b": 0}]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -118,6 +157,11 @@ def test_a_second_seed_is_a_run_of_its_own(compare: Compare, place: Path) -> Non
         ({"methods": {"one": {"knob": "slider", "recipe": "warm.yaml"}}}, "methods.one"),
         ({"axes": ["scorers.py:length"]}, "axes"),
         ({"axes": ["scorers.py:length", "scorers.py:nothing"]}, "nothing"),
+        ({"rates": {"factors": [0], "prompts": "prompts.jsonl"}}, "rates.factors.0"),
+        (
+            {"methods": {"one": {"knob": "weights", "recipe": "both.yaml", "points": [{"warm": 0.5, "short": 0.6}]}}},
+            "sum to 1.1, not to 1",
+        ),
         ({"seeds": [1, 1]}, "a seed stands there twice"),
         ({"base": {"id": "sandbox"}}, "All methods are compared on one base"),
         ({"sweep": {"prompts": "none.jsonl"}}, "none.jsonl"),
