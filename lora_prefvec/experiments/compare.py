@@ -18,6 +18,7 @@ from lora_prefvec.output import out
 
 Prompts = Sequence[Any]
 STORE = "replies.sqlite"
+LINE = 3  # places that a rank correlation needs to say anything
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Run:
     Args:
         points: one for each place of the knob.
         hypervolume: of the front against the base, in the product of the axes' units.
-        spearman: axis -> rank correlation of its own knob with its score; only of knobs that are called as an axis.
+        spearman: axis -> rank correlation of its own knob with its score, see `along`; only of knobs that are called as
+            an axis.
     """
 
     method: str
@@ -210,10 +212,9 @@ def measured(method: Method, points: list[Point], base: Point, axes: Sequence[Sc
     names = [axis.name for axis in axes]
     correlations = {}
     for axis, name in zip(axes, names, strict=True):
-        knobs = [place.knob.get(name) for place in method.places]
-        if None not in knobs and len({*knobs}) > 1:
-            scores = [axis.direction * (point.scores[name].mean or 0.0) for point in points]
-            correlations[name] = along(method.places, name, scores)
+        scores = [axis.direction * (point.scores[name].mean or 0.0) for point in points]
+        if (found := along(method.places, name, scores)) is not None:
+            correlations[name] = found
     return Run(
         method.name,
         method.seed,
@@ -226,23 +227,25 @@ def measured(method: Method, points: list[Point], base: Point, axes: Sequence[Sc
     )
 
 
-def along(places: Sequence[Place], name: str, scores: Sequence[float]) -> float:
+def along(places: Sequence[Place], name: str, scores: Sequence[float]) -> float | None:
     """Spearman's correlation of one part of the knob with a score: the mean over lines on which the rest stands still.
 
-    Where the other parts follow from this one, as weights that sum to 1, there is one line.
+    Where the other parts follow from this one, as weights that sum to 1, there is one line. None where no line has
+    three places.
     """
     lines: dict[tuple[tuple[str, float], ...], list[int]] = {}
     for number, place in enumerate(places):
-        rest = tuple(sorted((key, value) for key, value in place.knob.items() if key != name))
-        lines.setdefault(rest, []).append(number)
+        if name in place.knob:
+            rest = tuple(sorted((key, value) for key, value in place.knob.items() if key != name))
+            lines.setdefault(rest, []).append(number)
     if all(len(line) == 1 for line in lines.values()):
-        lines = {(): list(range(len(places)))}
+        lines = {(): [number for line in lines.values() for number in line]}
     found = [
         spearman([places[i].knob[name] for i in line], [scores[i] for i in line])
         for line in lines.values()
-        if len(line) > 1
+        if len(line) >= LINE
     ]
-    return sum(found) / len(found)
+    return mean(found) if found else None
 
 
 def gains(point: Point, axes: Sequence[Scorer]) -> list[float]:

@@ -184,6 +184,9 @@ def test_a_knob_is_followed_where_the_others_stand_still() -> None:
     assert along(places, "a", [0, 1, 2, 7, 6, 5]) == pytest.approx(0)
     weights = [Place({"a": w, "b": 1 - w}, {}) for w in (0.0, 0.5, 1.0)]
     assert along(weights, "b", [2, 1, 0]) == pytest.approx(1)
+    asked = [Place({"a": a}, {}) for a in (1.0, 2.0, 3.0)] + [Place(one, {}) for one in ({}, {"b": 1.0}, {"b": 5.0})]
+    assert along(asked, "a", [1, 2, 3, 9, 0, 7]) == pytest.approx(1)
+    assert along(asked, "b", [1, 2, 3, 9, 0, 7]) is None
 
 
 def test_an_axis_without_a_say_is_the_worst() -> None:

@@ -26,5 +26,5 @@ def test_its_recipes_are_there_and_of_its_base(file: Path) -> None:
 
 def test_a_comparison_that_is_not_there() -> None:
     assert find_comparison("compare/helpful-harmless") in FILES
-    with pytest.raises(InputError, match=r"no comparison 'compare/helpful'.*'compare/helpful-harmless'"):
-        find_comparison("compare/helpful")
+    with pytest.raises(InputError, match=r"no comparison 'compare/helpful-harmles'.*'compare/helpful-harmless'"):
+        find_comparison("compare/helpful-harmles")
