@@ -22,8 +22,14 @@ NARROW = ("seeds", "MB", "tokens", "seconds")  # left out of a terminal's table
     type=click.Path(path_type=Path),
     help="Folder of all that is trained, which several comparisons may share; in OUT where left out.",
 )
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="METHOD",
+    help="Of FILE's methods this one; may be given again. Processes with methods of their own may share a folder.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be trained.")
-def compare(file: str, out_: Path, artifacts: Path | None, dry_run: bool) -> None:
+def compare(file: str, out_: Path, artifacts: Path | None, only: tuple[str, ...], dry_run: bool) -> None:
     """Methods side by side, as FILE says: fronts, hypervolumes, and what each took.
 
     FILE is a YAML file or the name of a shipped one.
@@ -40,6 +46,12 @@ def compare(file: str, out_: Path, artifacts: Path | None, dry_run: bool) -> Non
     from lora_prefvec.experiments.artifacts import folder_of, recipes_of, tried
 
     comparison = read_comparison(find_comparison(file))
+    for name in only:
+        if name not in comparison.methods:
+            raise InputError(f"{file} has no method {name!r}", nearest(name, comparison.methods))
+    if only:
+        methods = {name: spec for name, spec in comparison.methods.items() if name in only}
+        comparison = comparison.model_copy(update={"methods": methods})
     questions = find_questions(comparison.sweep.prompts, comparison.sweep.limit, comparison.base.id)
     rates, artifacts = comparison.rates, artifacts or out_ / "artifacts"
     validation = find_questions(rates.prompts, rates.limit, comparison.base.id) if rates else []

@@ -103,6 +103,15 @@ def test_every_artifact_is_trained_once_and_a_second_run_does_nothing(
     assert compare("--format", "json")[1] == told
 
 
+def test_only_some_of_the_methods(compare: Compare, place: Path) -> None:
+    code, told, error = compare("--only", "one", "--format", "json")
+    assert code == 0, error
+    assert [row["method"] for row in json.loads(told)] == ["one"]
+    code, _, error = compare("--only", "raco")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "has no method 'raco'. Known: RACO, mixed, one." in error
+
+
 def test_a_second_seed_is_a_run_of_its_own(compare: Compare, place: Path) -> None:
     methods = {"one": {"knob": "none", "recipe": "warm.yaml"}}
     code, _, error = compare(seeds=[0, 1], methods=methods)

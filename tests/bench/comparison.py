@@ -1,0 +1,127 @@
+"""Methods side by side on the sandbox, and what became of what we hoped.
+
+    python tests/bench/comparison.py
+
+Runs the shipped comparisons as `prefvec compare` does, and writes tests/bench/results/comparison.md and .json and a
+picture of the fronts for each. About four hours on two cores; what is trained and written stays in --work, so that a
+second run goes on where the first was stopped. `prefvec compare` with `--only` and the same folders lets two processes
+share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_prefvec.cli.main import main as prefvec
+from lora_prefvec.experiments import interval
+
+RESULTS = Path(__file__).parent / "results"
+COMPARISONS = ("helpful-harmless", "helpful-concise", "helpful-honest", "four-axes")
+RETRAINING = ("RACO", "DPO-LW", "MODPO")
+Summary = dict[str, Any]
+Run = dict[str, Any]
+
+
+def main() -> None:
+    """Compare, judge, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/comparison"), help="Where all that is made is kept.")
+    parser.add_argument("--only", nargs="*", default=COMPARISONS, choices=COMPARISONS)
+    arguments = parser.parse_args()
+    parts, found = [], {}
+    for name in arguments.only:
+        folder = arguments.work / name
+        line = ["compare", f"compare/{name}", "--out", str(folder), "--artifacts", str(arguments.work / "artifacts")]
+        if prefvec(line):
+            raise SystemExit(1)
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        picture = RESULTS / f"comparison_{name}.png"
+        shutil.copyfile(folder / "fronts.png", picture)
+        report = (folder / "report.md").read_text(encoding="utf-8").partition("\n## ")[0]
+        parts.append(report.replace("fronts.png", picture.name) + "\n\n" + judged(summary))
+        found[name] = summary
+    command = "python tests/bench/comparison.py"
+    content = {"command": command, "machine": f"one thread, {platform.machine()}", "comparisons": found}
+    (RESULTS / "comparison.json").write_text(json.dumps(rounded(content)) + "\n", encoding="utf-8")
+    (RESULTS / "comparison.md").write_text("\n".join([f"`{command}`", "", *parts]), encoding="utf-8")
+
+
+def judged(summary: Summary) -> str:
+    """What became of each hope, as a table."""
+    lines = ["| hope | bar | seen | every seed |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(one)} |" for one in hopes(summary))]) + "\n"
+
+
+def hopes(summary: Summary) -> Iterator[tuple[str, str, str, str]]:
+    """Hope, bar, what was seen with its interval over the seeds, and the seeds; those that the methods allow."""
+    methods: dict[str, list[Run]] = {}
+    for run in summary["runs"]:
+        methods.setdefault(run["method"], []).append(run)
+    axes = [axis.rpartition(":")[2] for axis in summary["comparison"]["axes"]]
+    mixed, pairs = methods["mixed vectors"], methods.get("mixed pairs")
+    for method in ("mixed vectors", "CPO"):
+        for axis in axes:
+            values = [run["spearman"][axis] for run in methods.get(method, []) if axis in run["spearman"]]
+            if values:
+                yield f"{method}: {axis} follows its knob", "Spearman at least 0.9", *told(values)
+    if {"RACO", "DPO-LW"} <= methods.keys():
+        for axis in axes:
+            both = zip(*(map(balanced, methods[name]) for name in ("RACO", "DPO-LW")), strict=True)
+            yield (
+                f"RACO less DPO-LW on {axis}, equal weights",
+                "at least 0",
+                *told([a[axis] - b[axis] for a, b in both]),
+            )
+    rivals = [methods[name] for name in RETRAINING if name in methods]
+    for name in ("mixed vectors", "mixed vectors at 5 points"):
+        if name in methods and rivals:
+            best = [max(run["hypervolume"] for run in runs) for runs in zip(*rivals, strict=True)]
+            ratios = [run["hypervolume"] / at for run, at in zip(methods[name], best, strict=True) if at]
+            yield f"{name}: hypervolume over the best that retrains", "at least 1", *told(ratios)
+    if pairs:
+        for what, key, bar in (("hypervolume", None, "at least 0.98"), ("training FLOPs", "flops", "at most 0.55")):
+            values = [
+                worth(one, key) / worth(two, key) for one, two in zip(mixed, pairs, strict=True) if worth(two, key)
+            ]
+            yield f"two-sided vectors over pairs: {what}", bar, *told(values)
+    for name in RETRAINING:
+        if name in methods:
+            values = [
+                one["cost"]["one_more"] / two["cost"]["one_more"] for one, two in zip(mixed, methods[name], strict=True)
+            ]
+            yield f"one more preference: tokens of a vector over {name}'s front", "at most 0.2", *told(values)
+
+
+def worth(run: Run, key: str | None) -> float:
+    """A cost of a run, or its hypervolume."""
+    return float(run["cost"][key] if key else run["hypervolume"])
+
+
+def balanced(run: Run) -> dict[str, float]:
+    """The scores, by axis, of the point where all weights are alike."""
+    (point,) = [one for one in run["points"] if len({round(weight, 6) for weight in one["knob"].values()}) == 1]
+    return {axis: score["mean"] for axis, score in point["scores"].items()}
+
+
+def told(values: Sequence[float]) -> tuple[str, str]:
+    """The mean with its interval, and every value."""
+    return interval(values, 3), " ".join(f"{value:.3f}" for value in values)
+
+
+def rounded(content: Any) -> Any:
+    """The same with four digits behind the point."""
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [rounded(value) for value in content]
+    return round(content, 4) if isinstance(content, float) else content
+
+
+if __name__ == "__main__":
+    main()
