@@ -56,6 +56,7 @@ class Made:
         training: its settings, where they are not the recipe's.
         coefficients: of the parts; 1 where there is none.
         folders: subfolder -> an adapter's folder, of which the artifact holds a copy, as it is its parent too.
+        files: name -> text of a further file, such as a log of the training.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Made:
     coefficients: dict[str, float] = field(default_factory=dict)
     training: TrainingSpec | None = None
     folders: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def write(target: Path, job: Job, made: Made, *, force: bool) -> None:
@@ -87,6 +89,8 @@ def write(target: Path, job: Job, made: Made, *, force: bool) -> None:
             copied = known.weights_sha256 if known else None
             parents.append(Parent(name=f"{job.recipe.preference} {name}", sha256=copied))
         fill_adapter(folder, made.vector, provenance(job, made, parents), recipe=text)
+        for name, content in made.files.items():
+            (folder / name).write_text(content, encoding="utf-8")
 
 
 def provenance(job: Job, made: Made, parents: Sequence[Parent] = ()) -> Provenance:

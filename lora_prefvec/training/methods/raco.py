@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, median
@@ -30,7 +31,7 @@ from lora_prefvec.training import adapter
 from lora_prefvec.training.made import Made
 from lora_prefvec.training.methods.dpo_lw import load, runs
 from lora_prefvec.training.methods.dpo_lw import prepare as prepare_weighted
-from lora_prefvec.training.objectives import ObjectivesTrainer, train_rows
+from lora_prefvec.training.objectives import RUN, ObjectivesTrainer, train_rows
 from lora_prefvec.training.rows import PreparedRows, Rows
 from lora_prefvec.training.run import Job
 
@@ -204,9 +205,7 @@ class RacoTrainer(ObjectivesTrainer):
 
     def summary(self) -> dict[str, float]:
         """Over all steps, the mean place of p* and angle of the gradients, and the median ratio of their lengths."""
-        lines = {line["step"]: line for line in map(json.loads, self._steps.read_text(encoding="utf-8").splitlines())}
-        names, steps = list(self.method.objectives), list(lines.values())
-
+        names, steps = list(self.method.objectives), read_steps(self._steps)
         found = {"interior_share": fmean([float(min(one["p_star"]) > INSIDE) for one in steps])}
         for place, name in enumerate(names):
             found[f"p_star.{name}"] = fmean([one["p_star"][place] for one in steps])
@@ -217,6 +216,12 @@ class RacoTrainer(ObjectivesTrainer):
         if ratios:  # a batch in which an objective only has ties gives it no gradient
             found["norm_ratio"] = median(ratios)
         return found
+
+
+def read_steps(log: Path) -> list[dict[str, Any]]:
+    """The line of every step; a resumed run has taken the last ones of its forerunner again, and these count."""
+    lines = {line["step"]: line for line in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
+    return [lines[step] for step in sorted(lines)]
 
 
 def prepare(recipe: Recipe, rows: Rows, base: LoadedBase) -> PreparedRows:
@@ -231,11 +236,13 @@ def prepare(recipe: Recipe, rows: Rows, base: LoadedBase) -> PreparedRows:
 
 
 def make(job: Job, prepared: PreparedRows) -> Made:
-    """Train by the corrected gradient."""
+    """Train by the corrected gradient; how the gradients lay at every step stays with the adapter."""
     spec = job.recipe.method
     assert isinstance(spec, RacoSpec)
 
     def trainer(folder: Path) -> RacoTrainer:
         return RacoTrainer(job.base, job.recipe.lora, job.recipe.training, spec, prepared.dataset, folder)
 
-    return train_rows(job, prepared, trainer)
+    made = train_rows(job, prepared, trainer)
+    steps = read_steps(job.work / RUN / STEPS)
+    return replace(made, files={STEPS: "".join(f"{json.dumps(step)}\n" for step in steps)})

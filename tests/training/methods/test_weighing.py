@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -232,6 +233,31 @@ def test_a_killed_raco_run_goes_on_bit_for_bit(
     resumed = train(wanted, tmp_path / "broken", base=nf4, resume=True)
     assert weights_hash(resumed.folder) == weights_hash(whole.folder)
     assert resumed.metrics == whole.metrics
+    logs = [(one.folder / "conflicts.jsonl").read_text() for one in (whole, resumed)]
+    assert logs[0] == logs[1]
+    steps = [json.loads(line) for line in logs[0].splitlines()]
+    assert [one["step"] for one in steps] == list(range(6))
+    assert all(sum(one["p_star"]) == pytest.approx(1) and one["norms"] for one in steps)
+
+
+def test_an_objective_with_anchors_of_its_own(recipe_of: Any, nf4: LoadedBase, pairs: Path, tmp_path: Path) -> None:
+    other = write_pairs(tmp_path / "other.jsonl", rows=20, seed=1)
+    anchors = {"source": str(write_pairs(tmp_path / "anchors.jsonl", rows=7, seed=2)), "share": 0.5}
+    objectives = {
+        "one": {"weight": 0.5, "data": {"source": str(pairs)}},
+        "two": {"weight": 0.5, "data": {"source": str(other)}, "anchors": anchors},
+    }
+    wanted = recipe_of({"name": "dpo_lw", "objectives": objectives}).model_copy(update={"data": None, "held_out": 0})
+    signs = torch.tensor(prepared(wanted, nf4).dataset["signs"])
+    assert int((~signs[:, 1].isnan()).sum()) == 40  # as many anchors as pairs, each used again
+    facts = read_adapter(train(wanted, tmp_path / "out", base=nf4).folder).provenance
+    assert facts is not None
+    assert [one.anchors and (one.anchors.id, one.anchors.rows) for one in facts.objectives] == [
+        None,
+        ("anchors.jsonl", 7),
+    ]
+    with pytest.raises(ValidationError, match="anchors go with an objective's own data"):
+        recipe_of({"name": "raco", "objectives": {"one": {"weight": 0.5, "anchors": anchors}, "two": 0.5}})
 
 
 def test_modpo_takes_the_frozen_margins_off(recipe_of: Any, nf4: LoadedBase, tmp_path: Path) -> None:
