@@ -43,7 +43,7 @@ def test_the_recipes_that_were_promised_are_there() -> None:
     promised = {f"{base}-{preference}" for base in bases for preference in ("helpful", "harmless")}
     promised |= {f"sandbox-{preference}" for preference in ("helpful", "harmless", "honest", "concise")}
     promised |= {"llama-3.2-3b-hh-helpful", "llama-3.2-3b-hh-harmless", "llama-3.2-3b-honest"}
-    promised |= {"llama-3.2-3b-dpa", "template"}
+    promised |= {"sandbox-cpo", "sandbox-dpa", "llama-3.2-3b-dpa", "template"}
     assert promised <= {file.stem for file in RECIPES}
 
 
@@ -76,7 +76,7 @@ def test_header_says_what_memory_it_takes_and_what_was_measured(file: Path) -> N
 def test_source_and_form_are_about_the_preference(file: Path) -> None:
     recipe = read_recipe(file)
     assert file.stem.endswith(f"-{recipe.preference}")
-    if recipe.method.name == "dpa":
+    if file.stem == "llama-3.2-3b-dpa":
         assert (recipe.data.form, recipe.data.source) == ("helpsteer2", "nvidia/HelpSteer2")
         assert set(recipe.method.axes) <= set(HELPSTEER)
         return
@@ -92,7 +92,7 @@ def is_about(data: DataSpec, preference: str) -> bool:
     """Whether a data section asks for pairs of this preference."""
     source, _, part = data.source.partition(":")
     if source == "sandbox":
-        return part in (preference, "rated", "rated-4")  # rated replies are about all axes
+        return part in (preference, "rated", "rated-4", "rated-16")  # rated replies are about all axes
     form, _, attribute = (data.form or "").partition(":")
     assert form in FORMS
     if form == "hh-rlhf":

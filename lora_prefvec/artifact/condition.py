@@ -15,7 +15,8 @@ def conditioned(facts: ConditionFacts, asked: Mapping[str, float], messages: Seq
     """A conversation with what is asked of the adapter written into it; without anything asked it stays as it is.
 
     Levels stand before the last user turn, as CPO (arXiv 2402.19085) writes them: `< helpful: 5 > < honest: 3 > ...`.
-    A direction stands in the system prompt, as DPA (arXiv 2402.18571) writes it, in hundredths.
+    A direction stands in the system prompt, as DPA (arXiv 2402.18571) writes it, in hundredths; in grades it stands
+    where levels do, and looks like them.
 
     Raises:
         InputError: as `check_condition`, or nobody asks anything in the conversation.
@@ -28,11 +29,11 @@ def write_condition(facts: ConditionFacts, asked: Mapping[str, float], messages:
     turns = [dict(message) for message in messages]
     if not asked:
         return turns
-    if facts.kind == "levels":
+    if facts.kind == "levels" or facts.grades:
         users = [turn for turn in turns if turn["role"] == "user"]
         if not users:
             raise InputError("a condition stands before what the user says, and no user says anything", "Add a turn.")
-        users[-1]["content"] = tags(asked) + users[-1]["content"]
+        users[-1]["content"] = tags(graded(facts, asked)) + users[-1]["content"]
         return turns
     rating = " + ".join(f"{axis}*{round(100 * part)}" for axis, part in asked.items())
     text = f"Maximize weighted rating = {rating}."
@@ -45,6 +46,21 @@ def write_condition(facts: ConditionFacts, asked: Mapping[str, float], messages:
 def tags(asked: Mapping[str, float]) -> str:
     """Levels as they stand in a prompt, the space before the user's own words included."""
     return "".join(f"< {axis}: {level:g} > " for axis, level in asked.items())
+
+
+def graded(facts: ConditionFacts, asked: Mapping[str, float]) -> Mapping[str, float]:
+    """A direction's components as grades, of which 1 is the least that the adapter was trained on; levels as they are.
+
+    What lies outside of the training has the outermost grade.
+    """
+    if not facts.grades:
+        return asked
+    found = {}
+    for axis, part in asked.items():
+        low, high = facts.axes[axis]
+        share = min(max((part - low) / (high - low), 0.0), 1.0)
+        found[axis] = 1 + round((facts.grades - 1) * share)
+    return found
 
 
 def told(facts: ConditionFacts) -> str:

@@ -67,12 +67,14 @@ class ConditionFacts(_Facts):
         axes: axis -> the lowest and the highest level or component that it was trained on.
         levels: axis -> all levels that it was trained on, lowest first; empty for a direction.
         system: whether a direction stands in a system turn of its own; else it begins the first turn.
+        grades: how many grades a component is written in, as a level; None for hundredths in a sentence.
     """
 
     kind: Literal["levels", "direction"]
     axes: dict[str, tuple[float, float]]
     levels: dict[str, list[float]] = Field(default_factory=dict)
     system: bool = False
+    grades: int | None = Field(default=None, ge=2)
 
     @field_validator("axes", "levels")
     @classmethod

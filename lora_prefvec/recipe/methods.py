@@ -221,11 +221,15 @@ class DpaSpec(Section):
     each draws `prompts` of the data, with a direction and `samples` replies for each. The paper does not tell how many
     samples; their quantiles in a standard normal say that the best of 16 lies at 1.8 standard deviations on average,
     and the best of 64 at 2.3. A `temperature` of 1 samples from the policy itself.
+
+    The prompt names the components of a direction in hundredths, as the paper's does, or each as one of `grades` from
+    1 on, `< concise: 4 > < helpful: 2 > `: for a base that knows a few numbers and no sign.
     """
 
     name: Literal["dpa"]
     axes: Annotated[dict[str, Literal[1, -1]], Field(min_length=2, max_length=MOST_OBJECTIVES)]
     cone: float = Field(default=45.0, gt=0, le=90)
+    grades: int | None = Field(default=None, ge=2, le=100)
     iterations: int = Field(default=4, ge=0, le=20)
     prompts: int = Field(default=1000, gt=0)
     samples: int = Field(default=16, ge=2)

@@ -24,7 +24,7 @@ from lora_prefvec.sandbox.scorers import SCORERS
 from lora_prefvec.sandbox.world import KINDS, Split, Task, tasks
 
 ROWS = 1500  # requests, unless told otherwise
-PARTS = {"rated": 2, "rated-4": 4}  # part -> replies to a request
+PARTS = {"rated": 2, "rated-4": 4, "rated-16": 16}  # part -> replies to a request
 
 
 def load(part: str, *, split: Split = "train", rows: int | None = None, seed: int = 0) -> list[RatedReplies]:

@@ -12,10 +12,11 @@ from lora_prefvec.sandbox import load_scorer, task_of, tasks
 from lora_prefvec.sandbox.scorers import AXES
 
 
-def test_replies_are_rated_from_one_to_five_on_every_axis() -> None:
-    found = load_rated("sandbox:rated-4", rows=400)
+@pytest.mark.parametrize("count", [4, 16])
+def test_replies_are_rated_from_one_to_five_on_every_axis(count: int) -> None:
+    found = load_rated(f"sandbox:rated-{count}", rows=400)
     assert found.objectives == dict.fromkeys(AXES, (1.0, 5.0))
-    assert {len(group.replies) for group in found.groups} == {4}
+    assert {len(group.replies) for group in found.groups} == {count}
     assert {task_of(group.prompt) for group in found.groups} <= set(tasks("train"))
 
 

@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -37,7 +38,14 @@ from lora_prefvec.progress import progress
 from lora_prefvec.recipe import DataSpec, DpaSpec, Recipe
 from lora_prefvec.training.made import Made
 from lora_prefvec.training.replies import ReplyTrainer
-from lora_prefvec.training.reward_model import adapted, render, rewards, standardised, trained_reward_model
+from lora_prefvec.training.reward_model import (
+    Conversation,
+    adapted,
+    render,
+    rewards,
+    standardised,
+    trained_reward_model,
+)
 from lora_prefvec.training.rows import check_rated, read_rated
 from lora_prefvec.training.run import FINISHED, Finished, Job, read_finished, run
 from lora_prefvec.vector import PreferenceVector
@@ -134,7 +142,9 @@ def prepare(recipe: Recipe, groups: Groups, base: LoadedBase) -> Prepared:
         InputError: there is no chat template, or no prompt is short enough.
     """
     spec = _spec(recipe)
-    condition = ConditionFacts(kind="direction", axes=cone(spec), system=has_system_turn(base.tokenizer))
+    condition = ConditionFacts(
+        kind="direction", axes=cone(spec), system=has_system_turn(base.tokenizer), grades=spec.grades
+    )
     edge = Asked(groups.train[0], _turned(spec, math.radians(spec.cone), [-1.0] * (len(spec.axes) - 1)))
 
     def fits(group: RatedReplies) -> bool:
@@ -169,7 +179,7 @@ def make(job: Job, prepared: Prepared) -> Made:
                 replies = best_rated(job, model, asked)
             else:
                 sampled = sample(job, condition, before, f"{name} sampled", asked, spec.samples)
-                replies = best_of(asked, sampled, rate(job, model, asked, sampled))
+                replies = best_of(asked, sampled, rate(job, model, _rows(asked, sampled)))
             policy = fine_tune(job, condition, name, asked, replies, before)
         made.append(
             Made(
@@ -254,14 +264,15 @@ def best_rated(job: Job, model: RewardModel, asked: Sequence[Asked]) -> list[Sai
     scales = dict(model.axes)
     given = torch.tensor([standardised(reply.ratings, scales) for one in asked for reply in one.group.replies])
     r = given * torch.tensor(list(spec.axes.values()))
-    if r.isnan().any():
-        r = torch.where(r.isnan(), rate(job, model, asked, replies), r)
+    unrated = r.isnan().any(dim=1)
+    if unrated.any():
+        rows = list(compress(_rows(asked, replies), unrated))
+        r[unrated] = torch.where(r[unrated].isnan(), rate(job, model, rows), r[unrated])
     return best_of(asked, replies, r)
 
 
-def rate(job: Job, model: RewardModel, asked: Sequence[Asked], replies: Sequence[Sequence[Said]]) -> Tensor:
-    """r of all replies in order, [n, m]: what the reward model says, in standard deviations, more being better."""
-    rows = [(one.group.prompt, reply) for one, own in zip(asked, replies, strict=True) for reply in own]
+def rate(job: Job, model: RewardModel, rows: Sequence[Conversation]) -> Tensor:
+    """r of prompts with a reply each, [n, m]: what the reward model says, in standard deviations, more being better."""
     signs = torch.tensor(list(_spec(job.recipe).axes.values()))
     return rewards(job.base, model, rows, job.recipe.training) * signs
 
@@ -338,7 +349,7 @@ def measure(
         return {}
     seed = f"{job.recipe.training.seed} held out"
     asked = draw_asked(_spec(job.recipe), held_out, len(held_out), seed)
-    r = rate(job, model, asked, sample(job, condition, policy, f"{name} held-out", asked, 1))
+    r = rate(job, model, _rows(asked, sample(job, condition, policy, f"{name} held-out", asked, 1)))
     values = (r * torch.tensor([list(one.direction.values()) for one in asked])).sum(dim=1)
     return {"value": round(values.mean().item(), 4)}
 
@@ -346,6 +357,11 @@ def measure(
 def _written(condition: ConditionFacts, asked: Asked) -> list[Message]:
     """The prompt with its direction in it."""
     return conditioned(condition, asked.direction, asked.group.prompt)
+
+
+def _rows(asked: Sequence[Asked], replies: Sequence[Sequence[Said]]) -> list[Conversation]:
+    """All replies in order, each with its prompt, which says nothing of the direction."""
+    return [(one.group.prompt, reply) for one, own in zip(asked, replies, strict=True) for reply in own]
 
 
 def _finished(job: Job, name: str) -> Finished | None:

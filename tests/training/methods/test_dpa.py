@@ -138,6 +138,32 @@ def test_the_direction_is_written_into_the_prompt_in_one_order_for_ever() -> Non
         assert turns[0] == {"role": "system", "content": "Maximize weighted rating = short*-26 + warm*97."}
 
 
+def test_a_direction_in_grades_stands_where_levels_do() -> None:
+    axes = {"warm": (0.7, 1.0), "short": (-0.71, 0.71)}
+    facts = ConditionFacts(kind="direction", axes=axes, system=True, grades=5)
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    for degrees, expected in {
+        -45: "< short: 1 > < warm: 1 > Hi",
+        -30: "< short: 2 > < warm: 3 > Hi",
+        0: "< short: 3 > < warm: 5 > Hi",
+        45: "< short: 5 > < warm: 1 > Hi",
+        90: "< short: 5 > < warm: 1 > Hi",  # out of the cone
+    }.items():
+        angle = math.radians(degrees)
+        asked = {"warm": math.cos(angle), "short": math.sin(angle)}
+        assert conditioned(facts, asked, turns) == [turns[0], {"role": "user", "content": expected}]
+
+
+def test_an_adapter_that_says_nothing_of_grades_has_none() -> None:
+    written = json.loads(Provenance(kind="conditional_adapter", condition=direction_facts()).to_json())
+    del written["condition"]["grades"]
+    assert Provenance.model_validate(written).condition == direction_facts()
+
+
+def direction_facts() -> ConditionFacts:
+    return ConditionFacts(kind="direction", axes={"warm": (0.7, 1.0), "short": (-0.71, 0.71)}, system=True)
+
+
 def test_a_direction_may_be_out_of_the_cone_and_not_zero(capsys: pytest.CaptureFixture[str]) -> None:
     facts = ConditionFacts(kind="direction", axes={"warm": (0.7, 1), "short": (-0.71, 0.71)})
     conditioned(facts, {"warm": 1, "short": 1}, [{"role": "user", "content": "Hi"}])
@@ -385,7 +411,7 @@ def test_what_nobody_rated_the_reward_model_does(
     model, _ = read_reward_model(made / "reward", axes=AXES)
     asked = [Asked(group("a", {"warm": 5.0, "short": 1.0}, {"warm": 5.0}), {"warm": 0.0, "short": 1.0})]
     for predicted, expected in ((-9.0, "a 0"), (9.0, "a 1")):
-        monkeypatch.setattr(dpa, "rewards", lambda *_, value=predicted: torch.full((2, 2), value))
+        monkeypatch.setattr(dpa, "rewards", lambda *given, value=predicted: torch.full((len(given[2]), 2), value))
         assert dpa.best_rated(job, model, asked)[0][0]["content"] == expected
 
 
