@@ -2,7 +2,8 @@
 
     L = -log sigma(R(chosen) - R(rejected)),  R(y) = (beta log-ratio(y) - sum_k w_k m_k(y)) / w_main
 
-where m_k(y) = beta log-ratio_k(y) is the implicit reward of the adapter that was trained for objective k alone.
+where m_k(y) = beta_k log-ratio_k(y) is the implicit reward of the adapter that was trained for objective k alone, with
+the beta of its own training where that is known.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ def prepare(recipe: Recipe, rows: Rows, base: LoadedBase) -> PreparedRows:
     def offsets(base: LoadedBase, pairs: Sequence[RenderedPair], reference: Tensor) -> Tensor:
         total = reference.new_zeros(len(pairs))
         for name, adapter in spec.margins.items():
-            vector = read_adapter(resolve_adapter(adapter)).vector
-            total += spec.weights[name] * adapter_margins(base, vector, pairs, reference)
+            found = read_adapter(resolve_adapter(adapter))
+            training = found.provenance.training if found.provenance else None
+            betas = training.beta / recipe.training.beta if training else 1.0
+            total += spec.weights[name] * betas * adapter_margins(base, found.vector, pairs, reference)
         return total
 
     return prepare_rows(recipe, rows, base, offsets)

@@ -275,6 +275,8 @@ def test_modpo_takes_the_frozen_margins_off(recipe_of: Any, nf4: LoadedBase, tmp
     reference = torch.tensor([[one["ref_chosen_logps"], one["ref_rejected_logps"]] for one in rows.dataset])
     margins = adapter_margins(nf4, frozen.vector, pairs, reference)
     torch.testing.assert_close(torch.tensor(rows.dataset["offset"]), 0.3 * margins)
+    strong = prepared(recipe_of(method, beta=0.4), nf4)  # the margin counts with the beta of its own training, 0.1
+    torch.testing.assert_close(torch.tensor(strong.dataset["offset"]), 0.3 * margins / 4)
     assert train(recipe_of(method), tmp_path / "modpo", base=nf4).metrics["held_out_accuracy.short"] is not None
 
 
