@@ -343,7 +343,7 @@ def against(compared: Compared, name: str) -> tuple[list[str], list[list[Any]]]:
     for method in compared.comparison.methods:
         ratios = [run.hypervolume / at for run, at in zip(compared.of(method), other, strict=True) if at]
         rows.append([method, interval(ratios, 2) if ratios else "-", " ".join(f"{one:.2f}" for one in ratios)])
-    return ["method", f"hypervolume over {name}'s", "seeds"], rows
+    return ["method", f"hypervolume over that of {name}", "seeds"], rows
 
 
 def _shown(values: Sequence[float | None]) -> str:
