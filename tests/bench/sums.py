@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/sums"), help="Where finds and replies are kept.")
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="Of sampling.")
+    parser.add_argument("--rules", nargs="*", default=list(RULES), choices=list(RULES), help="The sum is always there.")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     base = load_base(resolve_base("sandbox"))
@@ -104,7 +105,7 @@ def main() -> None:
     for axes in COMBINATIONS:
         members = [adapters[axis] for axis in axes]
         task = Task(base, axes, [one.vector for one in members], [one.sha256 for one in members], arguments.work)
-        vectors = {rule: make(task) for rule, make in RULES.items()}
+        vectors = {rule: make(task) for rule, make in RULES.items() if rule in (SUM, *arguments.rules)}
         scores = {rule: measure(Made.of(vector)) for rule, vector in vectors.items()}
         found[" + ".join(axes)] = compare(axes, scores, alone) | {
             "norm": {rule: round(vector.norm() / vectors[SUM].norm(), 3) for rule, vector in vectors.items()}
