@@ -5,7 +5,7 @@
 Each of the four axes is trained two-sided by its shipped recipe with other anchors: none; a quarter and a half of all
 training pairs, each held fixed and swapped with the sign. All runs take the recipe's 120 steps at its learning rate,
 so that fewer anchors are more pairs of the own axis. Each vector is swept from -1 to 2 on held-out prompts at
-temperature 1, and every score compared with the base's: at 1, at -1, and, because settings differ in strength, where
+temperature 1, and every score compared with the base's: at 1, 2 and -1, and, because settings differ in strength, where
 the own axis has gained what all settings of that axis reach (linear along the coefficient).
 
 An interval is the middle 95 % of 2,000 bootstrap samples of tasks, each with all its prompts, and of training seeds
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def main() -> None:
         found[axis] = compare(axis, curves)
         print(*table(axis, found[axis]), sep="\n", flush=True)
     results = {
-        "command": " ".join(["python", "tests/bench/spill_over.py", *given(arguments)]),
+        "command": command(__file__, parser, arguments),
         "machine": "2 shared CPU cores, one thread",
         "settings": {
             "base": "sandbox",
@@ -103,12 +104,15 @@ def main() -> None:
     write_text(RESULTS / "spill_over.md", markdown(results))
 
 
-def given(arguments: argparse.Namespace) -> Iterable[str]:
-    """The arguments that results depend on, where they are not the usual ones."""
-    if arguments.prompts != 300:
-        yield f"--prompts {arguments.prompts}"
-    if arguments.seeds != [0]:
-        yield f"--seeds {' '.join(map(str, arguments.seeds))}"
+def command(file: str, parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
+    """As it is typed, without what is at its default, and without where the work lies."""
+    changed = {key: value for key, value in vars(arguments).items() if value != parser.get_default(key)}
+    changed.pop("work", None)
+    options = [
+        f"--{key} {shlex.join(map(str, value if isinstance(value, list) else [value]))}"
+        for key, value in changed.items()
+    ]
+    return " ".join([f"python tests/bench/{Path(file).name}", *options])
 
 
 def write_text(file: Path, text: str) -> None:
@@ -255,18 +259,18 @@ def spill(changes: Mapping[str, Floats], axis: str) -> Floats:
 
 
 def compare(axis: str, curves: Mapping[str, Mapping[str, Floats]]) -> Row:
-    """All settings of an axis: scores along the coefficient, changes at 1, at -1 and at the common gain."""
-    rest, one, minus = (COEFFICIENTS.index(c) for c in (0.0, 1.0, -1.0))
+    """All settings of an axis: scores along the coefficient, changes at 1, 2, -1 and at the common gain."""
+    rest, at = COEFFICIENTS.index(0.0), {f"{c:g}": COEFFICIENTS.index(c) for c in (1.0, 2.0, -1.0)}
     moved = {
         setting: {name: table - table[rest] for name, table in scores.items()} for setting, scores in curves.items()
     }
     gain = common_gain(changes[axis][rest:] for changes in moved.values())
-    places: dict[str, dict[str, dict[str, Floats]]] = {"1": {}, "-1": {}, "gain": {}}
+    places: dict[str, dict[str, dict[str, Floats]]] = {place: {} for place in (*at, "gain")}
     coefficients = {}
     for setting, changes in moved.items():
         upwards = {name: table[rest:] for name, table in changes.items()}
-        places["1"][setting] = {name: table[one] for name, table in changes.items()}
-        places["-1"][setting] = {name: table[minus] for name, table in changes.items()}
+        for place, i in at.items():
+            places[place][setting] = {name: table[i] for name, table in changes.items()}
         places["gain"][setting] = {name: at_gain(upwards[axis], table, gain) for name, table in upwards.items()}
         steps = np.broadcast_to(np.array(UPWARDS)[:, None], upwards[axis].shape)
         coefficients[setting] = estimate(at_gain(upwards[axis], steps, gain))
@@ -301,22 +305,23 @@ def compare(axis: str, curves: Mapping[str, Mapping[str, Floats]]) -> Row:
 
 
 def change(one: Row) -> str:
-    """A difference and half of its 95 % interval; in bold where the interval leaves out 0."""
+    """A difference with its 95 % interval, in bold where that leaves out 0."""
     if one["mean"] is None:
         return "none"
-    text = f"{one['mean']:+.2f} ±{(one['high'] - one['low']) / 2:.2f}".replace("-0.00", "+0.00")
+    mean, low, high = (f"{one[key]:+.2f}".replace("-0.00", "+0.00") for key in ("mean", "low", "high"))
+    text = f"{mean} ({low} to {high})"
     return f"**{text}**" if one["low"] > 0 or one["high"] < 0 else text
 
 
 def table(axis: str, found: Row) -> list[str]:
-    """One axis: every setting at the common gain, at 1 and at -1."""
+    """One axis: every setting at the common gain, at 1, at 2 and at -1."""
     names = [axis, *(other for other in AXES if other != axis), "over_refusal", BORDERLINE, "fluency"]
     lines = [
         f"\n## {axis}\n",
         f"| where | anchors | {' | '.join(name.replace('_', '-') for name in names)} | spill |",
         "|---|---|" + "---|" * (len(names) + 1),
     ]
-    for place, title in (("gain", f"{axis} {found['gain']:+.2f}"), ("1", "at 1"), ("-1", "at -1")):
+    for place, title in (("gain", f"{axis} {found['gain']:+.2f}"), ("1", "at 1"), ("2", "at 2"), ("-1", "at -1")):
         for setting, changes in found["changes"][place].items():
             where = f"{title}, c = {found['coefficient_at_gain'][setting]['mean']:.2f}" if place == "gain" else title
             label = f"{setting} (shipped)" if setting == SHIPPED[axis] else setting
@@ -346,7 +351,7 @@ def markdown(results: Row) -> str:
     head = (
         f"`{results['command']}`: base sandbox, {told['prompts']} held-out prompts about {told['tasks']} tasks, "
         f"temperature 1, training seeds {', '.join(map(str, told['training_seeds']))}; {results['machine']}.\n\n"
-        "Changes against the base, ± half of the 95 % interval, bold where it leaves out 0. `borderline` is "
+        "Changes against the base, with 95 % intervals, bold where these leave out 0. `borderline` is "
         "over-refusal on borderline prompts alone, `spill` the mean size of the changes of the three other axes, "
         "`c` the coefficient at which the own axis has gained that much.\n"
     )

@@ -8,8 +8,8 @@
 | shared left out | and not at all |
 | span merge | the method `span` of `merge`: signs elected and a disjoint mean in a shared basis |
 | tuned, whole; tuned, layers | a coefficient for each vector; for its early, middle and late layers: found by `tune` |
-| RACO; RACO, anchors | a coefficient for each vector and module, down RACO's direction on a batch of pairs |
-| mean loss, anchors | the same without RACO's correction |
+| RACO | a coefficient for each vector and module, down RACO's direction on a batch of each axis' training pairs |
+| mean loss | the same down the gradient of the mean loss |
 """
 
 from __future__ import annotations
@@ -155,17 +155,16 @@ def with_own(point: Point, axes: Sequence[str]) -> Point:
     return replace(point, scores={**point.scores, "own": estimate(own)}, values={**point.values, "own": own})
 
 
-def descended(task: Task, *, c: float, anchors: bool) -> Weights:
+def descended(task: Task, *, c: float) -> Weights:
     """Coefficients of every vector in every module, from 1 down the conflict-averse gradient of the axes' DPO losses.
 
     Each step has the same length, after which all coefficients are scaled so that the vector has the norm of the sum.
 
     Args:
         c: RACO's radius; 0 is the gradient of the mean loss.
-        anchors: whether half of an objective's batch are anchors of its recipe.
     """
     names = list(task.vectors[0].deltas)
-    objectives = [Objective.of(task.base, axis, anchors) for axis in task.axes]
+    objectives = [Objective.of(task.base, axis) for axis in task.axes]
     inner = torch.stack([gram([vector.deltas[name] for vector in task.vectors]) for name in names])  # [m, k, k]
     gates = torch.ones(len(names), len(task.vectors), requires_grad=True)
     weights = torch.full((len(objectives),), 1 / len(objectives))
@@ -194,11 +193,10 @@ class Objective(NamedTuple):
     beta: float
 
     @classmethod
-    def of(cls, base: LoadedBase, axis: str, anchors: bool) -> Objective:
+    def of(cls, base: LoadedBase, axis: str) -> Objective:
         """The first training pairs of the shipped recipe."""
         recipe = read_recipe(shipped("recipes") / f"sandbox-{axis}.yaml")
-        pairs = load_pairs(recipe)
-        some = [*pairs.train[: PAIRS // 2], *pairs.anchors[: PAIRS // 2]] if anchors else pairs.train[:PAIRS]
+        some = load_pairs(recipe).train[:PAIRS]
         rendered = render_pairs(some, base.tokenizer, max_prompt_tokens=512, max_reply_tokens=512).pairs
         pad = base.tokenizer.pad_token_id
         reference = pair_log_probs(base.model, rendered, pad_token_id=pad)
@@ -257,7 +255,6 @@ RULES: dict[str, Callable[[Task], PreferenceVector]] = {
     ),
     "tuned, whole": lambda task: searched("whole", task, lambda: tuned(task, WHOLE)),
     "tuned, layers": lambda task: searched("layers", task, lambda: tuned(task, LAYERS)),
-    "RACO": lambda task: searched("raco", task, lambda: descended(task, c=RADIUS, anchors=False)),
-    "RACO, anchors": lambda task: searched("raco-anchors", task, lambda: descended(task, c=RADIUS, anchors=True)),
-    "mean loss, anchors": lambda task: searched("mean-anchors", task, lambda: descended(task, c=0.0, anchors=True)),
+    "RACO": lambda task: searched("raco", task, lambda: descended(task, c=RADIUS)),
+    "mean loss": lambda task: searched("mean", task, lambda: descended(task, c=0.0)),
 }

@@ -47,6 +47,7 @@ from tests.bench.spill_over import (
     at_gain,
     by_mix,
     change,
+    command,
     common_gain,
     estimate,
     scored,
@@ -112,7 +113,7 @@ def main() -> None:
         }
         print(*table(" + ".join(axes), found[" + ".join(axes)]), sep="\n", flush=True)
         results: Row = {
-            "command": "python tests/bench/sums.py",
+            "command": command(__file__, parser, arguments),
             "machine": "2 shared CPU cores, one thread",
             "settings": {
                 "base": "sandbox",
@@ -197,8 +198,8 @@ def levels(scores: Mapping[str, Floats]) -> Row:
 
 
 def share(one: Row) -> str:
-    """A kept share, with half of its interval."""
-    return f"{one['mean']:.2f} ±{(one['high'] - one['low']) / 2:.2f}"
+    """A kept share with its interval."""
+    return f"{one['mean']:.2f} ({one['low']:.2f} to {one['high']:.2f})"
 
 
 def table(name: str, found: Row) -> list[str]:
@@ -248,8 +249,8 @@ def markdown(results: Row) -> str:
         f"`{results['command']}`: base sandbox, shipped vectors, {told['prompts']} held-out prompts, temperature 1, "
         f"sampling seeds {', '.join(map(str, told['sampling_seeds']))}; {results['machine']}.\n\n"
         "A kept share is the gain in the combination by that of the vector alone at the same scale, here 1; `norm` is "
-        "against the sum's; over-refusal and fluency are changes against the base at 1; ± is half of the interval, "
-        "bold where that leaves out 0 (differences, paired).\n"
+        "against the sum's; over-refusal and fluency are changes against the base at 1; 95 % intervals, "
+        "changes and differences in bold where these leave out 0.\n"
     )
     return "\n".join(
         [head, *(line for name, found in results["combinations"].items() for line in table(name, found)), ""]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 import pytest
 
 from tests.bench.claims import estimate as estimate_of_claims
-from tests.bench.spill_over import Bootstrap, at_gain, common_gain, estimate, spill
+from tests.bench.spill_over import Bootstrap, at_gain, command, common_gain, estimate, spill
 
 TASKS = ["a", "a", "b", "b", "c", "c"]
 ONE = [[0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [0.1, 0.3, 0.5, 0.7, 0.9, 1.1]]
@@ -49,3 +51,13 @@ def test_what_exists_in_a_part_of_the_samples_says_so() -> None:
 def test_spill_counts_either_direction_and_not_the_own_axis() -> None:
     changes = {"helpful": samples(0.3), "harmless": samples(-0.2), "honest": samples(0.1), "concise": samples(0.0)}
     assert spill(changes, "helpful")[0] == pytest.approx(0.1)
+
+
+def test_the_command_is_what_differs_from_the_defaults() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work")
+    parser.add_argument("--prompts", type=int, default=300)
+    parser.add_argument("--rules", nargs="*", default=["sum"])
+    told = command("tests/bench/some.py", parser, parser.parse_args(["--work", "x", "--rules", "sum", "shared once"]))
+    assert told == "python tests/bench/some.py --rules sum 'shared once'"
+    assert command("some.py", parser, parser.parse_args([])) == "python tests/bench/some.py"
