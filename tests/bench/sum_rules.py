@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -235,14 +236,37 @@ def gated(model: nn.Module, vectors: Sequence[PreferenceVector], gates: Tensor) 
             handle.remove()
 
 
-def searched(name: str, task: Task, search: Callable[[], Weights]) -> PreferenceVector:
-    """The sum with coefficients that are searched for once."""
-    file = task.work / f"{'+'.join(task.axes)} {name}.json"
-    if not file.is_file():
-        write_json(file, search())
-    return weighted(task.vectors, json.loads(file.read_text(encoding="utf-8")))
+def found_by(search: Callable[[Task], Weights], name: str) -> Callable[[Task], PreferenceVector]:
+    """The rule of that name: the sum with coefficients that are searched for once."""
+
+    def make(task: Task) -> PreferenceVector:
+        file = weights_file(task, name)
+        if not file.is_file():
+            write_json(file, search(task))
+        return weighted(task.vectors, json.loads(file.read_text(encoding="utf-8")))
+
+    return make
 
 
+def weights_file(task: Task, rule: str) -> Path:
+    """Where a rule that searches keeps what it found."""
+    return task.work / f"{'+'.join(task.axes)} {rule}.json"
+
+
+def by_layer(weights: Weights) -> list[list[float]]:
+    """The mean coefficient of every vector in every layer: [layers, vectors]."""
+    layers: dict[int, list[list[float]]] = {}
+    for name, own in weights.items():
+        layers.setdefault(layer_of(name) or 0, []).append(own)
+    return [[round(fmean(column), 2) for column in zip(*layers[layer], strict=True)] for layer in sorted(layers)]
+
+
+SEARCHES: dict[str, Callable[[Task], Weights]] = {
+    "tuned, whole": lambda task: tuned(task, WHOLE),
+    "tuned, layers": lambda task: tuned(task, LAYERS),
+    "RACO": lambda task: descended(task, c=RADIUS),
+    "mean loss": lambda task: descended(task, c=0.0),
+}
 RULES: dict[str, Callable[[Task], PreferenceVector]] = {
     SUM: lambda task: merge([(1.0, one) for one in task.vectors]).vector,
     "projected out": lambda task: weighted(task.vectors, freed(task.vectors)),
@@ -253,8 +277,5 @@ RULES: dict[str, Callable[[Task], PreferenceVector]] = {
             [(1.0, one) for one in task.vectors], "span", rank=sum(one.rank for one in task.vectors), density=1.0
         ).vector
     ),
-    "tuned, whole": lambda task: searched("whole", task, lambda: tuned(task, WHOLE)),
-    "tuned, layers": lambda task: searched("layers", task, lambda: tuned(task, LAYERS)),
-    "RACO": lambda task: searched("raco", task, lambda: descended(task, c=RADIUS)),
-    "mean loss": lambda task: searched("mean", task, lambda: descended(task, c=0.0)),
+    **{name: found_by(search, name) for name, search in SEARCHES.items()},
 }

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ from tests.bench.spill_over import (
     scored,
     write_text,
 )
-from tests.bench.sum_rules import EVALUATIONS, PAIRS, RULES, STEPS, SUM, Task
+from tests.bench.sum_rules import EVALUATIONS, PAIRS, RULES, SEARCHES, STEPS, SUM, Task, by_layer, weights_file
 
 RESULTS = Path(__file__).parent / "results"
 COMBINATIONS: tuple[tuple[str, ...], ...] = (
@@ -63,6 +64,7 @@ COMBINATIONS: tuple[tuple[str, ...], ...] = (
     AXES,
 )
 SCALES = (0.5, 1.0, 1.5)
+REFERENCES = (SUM, "tuned, whole")  # that all other rules are compared with
 
 
 class Made(NamedTuple):
@@ -109,7 +111,12 @@ def main() -> None:
         vectors = {rule: make(task) for rule, make in RULES.items() if rule in (SUM, *arguments.rules)}
         scores = {rule: measure(Made.of(vector)) for rule, vector in vectors.items()}
         found[" + ".join(axes)] = compare(axes, scores, alone) | {
-            "norm": {rule: round(vector.norm() / vectors[SUM].norm(), 3) for rule, vector in vectors.items()}
+            "norm": {rule: round(vector.norm() / vectors[SUM].norm(), 3) for rule, vector in vectors.items()},
+            "coefficients": {
+                rule: by_layer(json.loads(weights_file(task, rule).read_text(encoding="utf-8")))
+                for rule in SEARCHES
+                if rule in vectors
+            },
         }
         print(*table(" + ".join(axes), found[" + ".join(axes)]), sep="\n", flush=True)
         results: Row = {
@@ -152,7 +159,7 @@ def volume(own: Floats) -> Floats:
 
 
 def compare(axes: Sequence[str], scores: Mapping[str, Mapping[str, Floats]], alone: Mapping[str, Any]) -> Row:
-    """All rules of a combination, and what each is ahead of the plain sum.
+    """All rules of a combination, and what each is ahead of the plain sum and of tuned coefficients of whole vectors.
 
     Args:
         scores, alone: rule, or axis -> score -> [places, samples]; the base is the first place.
@@ -179,10 +186,14 @@ def compare(axes: Sequence[str], scores: Mapping[str, Mapping[str, Floats]], alo
     return {
         "gain": gain,
         "rules": {rule: {name: estimate(one) for name, one in each.items()} for rule, each in found.items()},
-        "less_sum": {
-            rule: {name: estimate(one - found[SUM][name]) for name, one in each.items()}
-            for rule, each in found.items()
-            if rule != SUM
+        "less": {
+            other: {
+                rule: {name: estimate(one - found[other][name]) for name, one in each.items()}
+                for rule, each in found.items()
+                if rule != other
+            }
+            for other in REFERENCES
+            if other in found
         },
     }
 
@@ -209,11 +220,10 @@ def table(name: str, found: Row) -> list[str]:
     lines = [
         f"\n## {name}\n",
         f"| rule | norm | {' | '.join(f'{axis} kept' for axis in axes)} | mean kept at {scales} | over-refusal "
-        "| fluency | hypervolume | less sum |",
-        "|---|---|" + "---|" * (len(axes) + 5),
+        "| fluency | hypervolume | {' | '.join(f'less {other}' for other in found['less'])} |",
+        "|---|---|" + "---|" * (len(axes) + 4 + len(found["less"])),
     ]
     for rule, each in found["rules"].items():
-        less = found["less_sum"].get(rule)
         cells = [
             f"{found['norm'][rule]:.2f}",
             *(share(each[f"kept {axis} at 1"]) for axis in axes),
@@ -221,7 +231,7 @@ def table(name: str, found: Row) -> list[str]:
             change(each["over_refusal at 1"]),
             change(each["fluency at 1"]),
             f"{each['hypervolume']['mean']:.4f}",
-            small(less["hypervolume"]) if less else "",
+            *(small(less[rule]["hypervolume"]) if rule in less else "" for less in found["less"].values()),
         ]
         lines.append(f"| {rule} | {' | '.join(cells)} |")
     others = [axis for axis in AXES if axis not in axes]
@@ -231,8 +241,13 @@ def table(name: str, found: Row) -> list[str]:
         f"| rule | {' | '.join(one.replace('_', '-') for one in names)} |",
         "|---|" + "---|" * len(names),
     ]
-    for rule, each in {SUM: found["rules"][SUM], **found["less_sum"]}.items():
+    for rule, each in {SUM: found["rules"][SUM], **found["less"][SUM]}.items():
         lines.append(f"| {rule} | {' | '.join(change(each[f'{one} at gain']) for one in names)} |")
+    if found["coefficients"]:
+        lines.append("\nCoefficients that were found, layer by layer, each the mean over its modules:\n")
+    for rule, layers in found["coefficients"].items():
+        told = (f"{axis} {', '.join(f'{layer[i]:.2f}' for layer in layers)}" for i, axis in enumerate(axes))
+        lines.append(f"- {rule}: {'; '.join(told)}")
     return lines
 
 
