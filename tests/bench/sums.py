@@ -2,11 +2,11 @@
 
     python tests/bench/sums.py
 
-The four shipped sandbox vectors, in three pairs and all together, are combined by the `RULES` below, each once and for
-all into one vector, which is scored at the scales 0.5, 1 and 1.5 on held-out prompts at temperature 1 with several
-seeds of sampling. The kept share of an axis is its gain in the combination by its gain from its own vector alone at the
-same scale. Rules shorten or lengthen the sum, so they are also compared where the mean gain of their axes is the same
-(linear along the scale), and by the hypervolume of their three points and the base's.
+The four shipped sandbox vectors, in three pairs and all together, are combined by each of the rules of `sum_rules.py`
+into one vector, which is scored at the scales 0.5, 1 and 1.5 on held-out prompts at temperature 1. The kept share of an
+axis is its gain in the combination by its gain from its own vector alone at the same scale. Rules shorten or lengthen
+the sum, so they are also compared where the mean gain of their axes is the same (linear along the scale), and by the
+hypervolume of their three points against the base.
 
 An interval is the middle 95 % of 2,000 bootstrap samples of tasks, each with all its prompts, and of seeds; differences
 are paired. Writes tests/bench/results/sums.json and .md. What was found and generated is kept under --work and not
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/sums"), help="Where finds and replies are kept.")
     parser.add_argument("--prompts", type=int, default=400)
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="Of sampling.")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="Of sampling.")
     parser.add_argument("--rules", nargs="*", default=list(RULES), choices=list(RULES), help="The sum is always there.")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
