@@ -183,8 +183,13 @@ def compare(axes: Sequence[str], scores: Mapping[str, Mapping[str, Floats]], alo
             "least at gain": np.min([at_same[axis] for axis in axes], axis=0),
             "hypervolume": volume(own),
         }
+    lone = {axis: {name: one - one[0] for name, one in each.items()} for axis, each in alone.items()}
+    one = 1 + SCALES.index(1.0)
+    added = {axis: kept(sum(lone[other][axis][one] for other in axes), lone[axis][axis][one]) for axis in axes}
     return {
         "gain": gain,
+        "alone_added": {axis: estimate(share) for axis, share in added.items()},
+        "sum_less_added": {axis: estimate(found[SUM][f"kept {axis} at 1"] - share) for axis, share in added.items()},
         "rules": {rule: {name: estimate(one) for name, one in each.items()} for rule, each in found.items()},
         "less": {
             other: {
@@ -238,6 +243,12 @@ def table(name: str, found: Row) -> list[str]:
             *(small(less[rule]["hypervolume"]) if rule in less else "" for less in found["less"].values()),
         ]
         lines.append(f"| {rule} | {' | '.join(cells)} |")
+    extra = len(found["less"]) + 4
+    for label, each, written in (
+        ("alone, added", found["alone_added"], share),
+        ("sum less that", found["sum_less_added"], change),
+    ):
+        lines.append(f"| {label} | | {' | '.join(written(each[axis]) for axis in axes)} |{' |' * extra}")
     others = [axis for axis in AXES if axis not in axes]
     names = [*axes, "least", *others, "over_refusal", "borderline", "fluency"]
     lines += [
@@ -270,7 +281,8 @@ def markdown(results: Row) -> str:
         "A kept share is the gain in the combination by that of the vector alone at the same scale, here 1; `norm` is "
         "against the sum's; over-refusal and fluency are changes against the base at 1; 95 % intervals, "
         "changes and differences in bold where these leave out 0. A longer sum has its three points farther out, which "
-        "the hypervolume rewards; the second tables do not.\n"
+        "the hypervolume rewards; the second tables do not. `alone, added` is what would be kept if the changes that "
+        "the vectors make alone, spill-over among them, just added up.\n"
     )
     return "\n".join(
         [head, *(line for name, found in results["combinations"].items() for line in table(name, found)), ""]
