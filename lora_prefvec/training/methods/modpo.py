@@ -41,8 +41,9 @@ def prepare(recipe: Recipe, rows: Rows, base: LoadedBase) -> PreparedRows:
         for name, adapter in spec.margins.items():
             found = read_adapter(resolve_adapter(adapter))
             training = found.provenance.training if found.provenance else None
-            betas = training.beta / recipe.training.beta if training else 1.0
-            total += spec.weights[name] * betas * adapter_margins(base, found.vector, pairs, reference)
+            beta = (training and training.beta) or recipe.training.beta
+            margins = adapter_margins(base, found.vector, pairs, reference)
+            total += spec.weights[name] * (beta / recipe.training.beta) * margins
         return total
 
     return prepare_rows(recipe, rows, base, offsets)
