@@ -58,7 +58,8 @@ def compare(file: str, out_: Path, artifacts: Path | None, only: tuple[str, ...]
     if dry_run:  # whatever rates win, there will be as many artifacts
         specs = list(comparison.methods.values())
         asked = [(spec, seed, 1.0) for spec in specs for seed in comparison.seeds]
-        asked += [(tried(spec), comparison.seeds[0], one) for spec in specs for one in (rates.factors if rates else [])]
+        factors = rates.factors if rates else []
+        asked += [(tried(spec), comparison.seeds[0], factor) for spec in specs if spec.rates for factor in factors]
         wanted = {
             folder_of(recipe, artifacts)
             for spec, seed, factor in asked

@@ -187,7 +187,7 @@ def compare(
 def try_rates(ground: Ground, name: str, spec: MethodSpec, validation: Prompts) -> dict[float, Worth]:
     """Every factor of the learning rates that are tried, and what it is worth on the validation prompts."""
     rates, seed = ground.comparison.rates, ground.comparison.seeds[0]
-    if rates is None:
+    if rates is None or not spec.rates:
         return {}
     (start,) = ground.ask(validation)
     reference, found = gains(start, ground.axes), {}
@@ -372,6 +372,7 @@ def to_dict(compared: Compared) -> dict[str, Any]:
         "rates": {
             name: {"factor": best_rate(worth), "hypervolume": {f"{at:g}": one.hypervolume for at, one in worth.items()}}
             for name, worth in compared.rates.items()
+            if worth
         },
         "runs": [
             {

@@ -56,7 +56,9 @@ def markdown(compared: Compared, command: str) -> str:
             f"Learning rates are those of the recipes times the factor with the greatest hypervolume on "
             f"{spec.rates.limit} prompts of {spec.rates.prompts}, seed {spec.seeds[0]}:",
             "",
-            *_markdown(["method", *factors, "chosen"], [_rates(name, one) for name, one in compared.rates.items()]),
+            *_markdown(
+                ["method", *factors, "chosen"], [_rates(name, one) for name, one in compared.rates.items() if one]
+            ),
         ]
     axes = _names(spec.axes)
     for name in spec.methods:

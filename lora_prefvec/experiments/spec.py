@@ -47,7 +47,13 @@ class PartSpec(Section):
     part: Literal["positive", "negative"] | None = None
 
 
-class MixSpec(Section):
+class Tried(Section):
+    """Whether the comparison's rates are tried for a method; without, it keeps those of its recipes."""
+
+    rates: bool = True
+
+
+class MixSpec(Tried):
     """Vectors that are trained once each and mixed; the knob is their coefficients.
 
     Each vector takes all of `coefficients`; with `sum_to` the mixes are those of them whose sum is that.
@@ -66,7 +72,7 @@ class MixSpec(Section):
         return [one for one in found if self.sum_to is None or abs(sum(one.values()) - self.sum_to) < 1e-6]
 
 
-class WeightsSpec(Section):
+class WeightsSpec(Tried):
     """A method whose weights are fixed when it trains: an adapter for each of an even grid of weights, or of a list."""
 
     knob: Literal["weights"]
@@ -75,7 +81,7 @@ class WeightsSpec(Section):
     points: Annotated[int, Field(ge=2)] | Annotated[list[dict[str, float]], Field(min_length=1)] = 5
 
 
-class AskedSpec(Section):
+class AskedSpec(Tried):
     """One conditional adapter, asked for several conditions or directions in its prompt.
 
     `part` takes an adapter from inside its folder, such as an earlier round.
@@ -88,7 +94,7 @@ class AskedSpec(Section):
     ask: Annotated[list[dict[str, float]], Field(min_length=1)]
 
 
-class OneSpec(Section):
+class OneSpec(Tried):
     """A method without a knob: one adapter, one point."""
 
     knob: Literal["none"]

@@ -126,7 +126,12 @@ def test_each_method_gets_the_best_of_the_rates(compare: Compare, place: Path) -
     (place / "other.jsonl").write_text("\n".join(json.dumps({"prompt": f"ask {n}"}) for n in range(3)))
     code, told, _ = compare("--dry-run", "--format", "json", "--artifacts", "made", rates=rates)
     assert (code, json.loads(told)["to_train"]) == (0, 3 + 2 + 2)  # the vector and RACO's own weights, at two rates
-    methods = {"RACO": {"knob": "weights", "recipe": "both.yaml", "points": [{"warm": 0.25, "short": 0.75}]}}
+    methods: dict[str, Any] = {
+        "RACO": {"knob": "weights", "recipe": "both.yaml", "points": [{"warm": 0.25, "short": 0.75}]}
+    }
+    kept = {"one": {"knob": "none", "recipe": "warm.yaml", "rates": False}}
+    told = compare("--dry-run", "--format", "json", "--artifacts", "made", methods=methods | kept)[1]
+    assert json.loads(told)["to_train"] == 2 + 2
     code, _, error = compare("--artifacts", "made", methods=methods)
     assert code == 0, error
     found = json.loads((place / "out" / "summary.json").read_text())["rates"]["RACO"]
