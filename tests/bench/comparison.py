@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,20 +35,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/comparison"), help="Where all that is made is kept.")
     parser.add_argument("--only", nargs="*", default=COMPARISONS, choices=COMPARISONS)
+    parser.add_argument("--methods", nargs="*", default=[], metavar="METHOD", help="Of each comparison these alone.")
     arguments = parser.parse_args()
     parts, found = [], {}
     for name in arguments.only:
         folder = arguments.work / name
-        line = ["compare", f"compare/{name}", "--out", str(folder), "--artifacts", str(arguments.work / "artifacts")]
-        if prefvec(line):
+        line = ["compare", f"compare/{name}", *(word for one in arguments.methods for word in ("--only", one))]
+        if prefvec([*line, "--out", str(folder), "--artifacts", str(arguments.work / "artifacts")]):
             raise SystemExit(1)
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         picture = RESULTS / f"comparison_{name}.png"
         shutil.copyfile(folder / "fronts.png", picture)
         report = (folder / "report.md").read_text(encoding="utf-8").partition("\n## ")[0]
+        report = re.sub("`.*?`", lambda _: f"`prefvec {shlex.join(line)}`", report, count=1)
         parts.append(report.replace("fronts.png", picture.name) + "\n\n" + judged(summary))
         found[name] = summary
     command = "python tests/bench/comparison.py"
+    for option, words in (("--only", arguments.only), ("--methods", arguments.methods)):
+        if list(words) != list(parser.get_default(option.lstrip("-"))):
+            command += f" {option} {shlex.join(words)}"
     content = {"command": command, "machine": f"one thread, {platform.machine()}", "comparisons": found}
     (RESULTS / "comparison.json").write_text(json.dumps(rounded(content)) + "\n", encoding="utf-8")
     (RESULTS / "comparison.md").write_text("\n".join([f"`{command}`", "", *parts]), encoding="utf-8")
