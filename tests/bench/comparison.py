@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -47,7 +46,8 @@ def main() -> None:
         picture = RESULTS / f"comparison_{name}.png"
         shutil.copyfile(folder / "fronts.png", picture)
         report = (folder / "report.md").read_text(encoding="utf-8").partition("\n## ")[0]
-        report = re.sub("`.*?`", lambda _: f"`prefvec {shlex.join(line)}`", report, count=1)
+        given = report.split("`", 2)[1]  # the command, as it was given here
+        report = report.replace(given, shlex.join(["prefvec", *line]), 1)
         parts.append(report.replace("fronts.png", picture.name) + "\n\n" + judged(summary))
         found[name] = summary
     command = "python tests/bench/comparison.py"
