@@ -142,6 +142,7 @@ class RacoTrainer(ObjectivesTrainer):
         super().__init__(base, lora, spec, list(method.weights.values()), dataset, folder)
         self.method = method
         self._gradients: list[list[Tensor]] = []  # of every objective, for every parameter
+        self._micro_batch = 0  # of the step, from 0; its last where whole steps are solved
         self._steps = folder / STEPS
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -170,6 +171,7 @@ class RacoTrainer(ObjectivesTrainer):
             if self.accelerator.sync_gradients:
                 self._write(parameters, self._gradients)
                 self._gradients = []
+        self._micro_batch = 0 if self.accelerator.sync_gradients else self._micro_batch + 1
         return (self.weights * losses).sum().detach() / parts
 
     def _write(self, parameters: Sequence[Tensor], gradients: list[list[Tensor]]) -> None:
@@ -194,6 +196,7 @@ class RacoTrainer(ObjectivesTrainer):
         cosines = H / (norms[:, None] * norms).clamp(min=1e-300)
         line = {
             "step": self.state.global_step,
+            "micro_batch": self._micro_batch,
             "p_star": step.p_star.tolist(),
             "p_clipped": step.p_clipped.tolist(),
             "coefficients": step.coefficients.tolist(),
@@ -219,9 +222,10 @@ class RacoTrainer(ObjectivesTrainer):
 
 
 def read_steps(log: Path) -> list[dict[str, Any]]:
-    """The line of every step; a resumed run has taken the last ones of its forerunner again, and these count."""
-    lines = {line["step"]: line for line in map(json.loads, log.read_text(encoding="utf-8").splitlines())}
-    return [lines[step] for step in sorted(lines)]
+    """A line for every corrected gradient; of the steps that a resumed run took again, those of the last time."""
+    read = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    lines = {(line["step"], line["micro_batch"]): line for line in read}
+    return [lines[place] for place in sorted(lines)]
 
 
 def prepare(recipe: Recipe, rows: Rows, base: LoadedBase) -> PreparedRows:

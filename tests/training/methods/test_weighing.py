@@ -24,7 +24,7 @@ from lora_prefvec.training import adapter as adapters
 from lora_prefvec.training import train
 from lora_prefvec.training.methods import METHODS
 from lora_prefvec.training.methods.bfpo import strength
-from lora_prefvec.training.methods.raco import RacoTrainer, solve
+from lora_prefvec.training.methods.raco import RacoTrainer, read_steps, solve
 from lora_prefvec.training.objectives import ObjectivesTrainer
 from lora_prefvec.training.rows import PreparedRows
 from tests.training.tiny import QUICK, WORDS, Stop, weights_hash, write_pairs
@@ -179,6 +179,9 @@ def test_the_gradient_of_raco_is_the_corrected_sum(
             trainer.accelerator.gradient_state._set_sync_gradients(number == 1)
             trainer.training_step(trainer.model, part)
         found = torch.cat([one.grad.flatten() for one in adapters.trainable(trainer.model).values()])
+        assert isinstance(trainer, RacoTrainer)
+        logged = [one["micro_batch"] for one in read_steps(trainer._steps)]
+        assert logged == ([1] if solved == "step" else [0, 1])
 
     def corrected(gradients: Tensor) -> Tensor:
         step = solve(gradients @ gradients.T, torch.tensor(list(WEIGHTS.values())), 0.8)
