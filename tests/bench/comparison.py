@@ -2,10 +2,9 @@
 
     python tests/bench/comparison.py
 
-Runs the shipped comparisons as `prefvec compare` does, and writes tests/bench/results/comparison.md and .json and a
-picture of the fronts for each. About four hours on two cores; what is trained and written stays in --work, so that a
-second run goes on where the first was stopped. `prefvec compare` with `--only` and the same folders lets two processes
-share the work.
+Runs the shipped comparisons as `prefvec compare` does, and writes tests/bench/results/comparison_NAME.md, .json and
+.png for each. What is trained and written stays in --work, so that a second run goes on where the first was stopped.
+`prefvec compare` with `--only` and the same folders lets two processes share the work.
 """
 
 from __future__ import annotations
@@ -36,27 +35,21 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=COMPARISONS, choices=COMPARISONS)
     parser.add_argument("--methods", nargs="*", default=[], metavar="METHOD", help="Of each comparison these alone.")
     arguments = parser.parse_args()
-    parts, found = [], {}
     for name in arguments.only:
         folder = arguments.work / name
         line = ["compare", f"compare/{name}", *(word for one in arguments.methods for word in ("--only", one))]
         if prefvec([*line, "--out", str(folder), "--artifacts", str(arguments.work / "artifacts")]):
             raise SystemExit(1)
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        picture = RESULTS / f"comparison_{name}.png"
-        shutil.copyfile(folder / "fronts.png", picture)
         report = (folder / "report.md").read_text(encoding="utf-8").partition("\n## ")[0]
         given = report.split("`", 2)[1]  # the command, as it was given here
         report = report.replace(given, shlex.join(["prefvec", *line]), 1)
-        parts.append(report.replace("fronts.png", picture.name) + "\n\n" + judged(summary))
-        found[name] = summary
-    command = "python tests/bench/comparison.py"
-    for option, words in (("--only", arguments.only), ("--methods", arguments.methods)):
-        if list(words) != list(parser.get_default(option.lstrip("-"))):
-            command += f" {option} {shlex.join(words)}"
-    content = {"command": command, "machine": f"one thread, {platform.machine()}", "comparisons": found}
-    (RESULTS / "comparison.json").write_text(json.dumps(rounded(content)) + "\n", encoding="utf-8")
-    (RESULTS / "comparison.md").write_text("\n".join([f"`{command}`", "", *parts]), encoding="utf-8")
+        to = RESULTS / f"comparison_{name}"
+        shutil.copyfile(folder / "fronts.png", to.with_suffix(".png"))
+        report = report.replace("fronts.png", to.with_suffix(".png").name)
+        to.with_suffix(".md").write_text(report + "\n\n" + judged(summary), encoding="utf-8")
+        content = {"machine": f"one thread, {platform.machine()}", **rounded(summary)}
+        to.with_suffix(".json").write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def judged(summary: Summary) -> str:
