@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_prefvec.cli.main import main as prefvec
+from lora_prefvec.evaluation import hypervolume, spearman
 from lora_prefvec.experiments import interval
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,6 +71,15 @@ def hopes(summary: Summary) -> Iterator[tuple[str, str, str, str]]:
             values = [run["spearman"][axis] for run in methods.get(method, []) if axis in run["spearman"]]
             if values:
                 yield f"{method}: {axis} follows its knob", "Spearman at least 0.9", *told(values)
+    for method in ("DPA before sampling", "DPA after round 1", "DPA"):
+        if method in methods:
+            first, second = axes
+            found = [[(one["knob"][second], means(one)) for one in run["points"]] for run in methods[method]]
+            for axis, sign in ((first, -1), (second, 1)):
+                values = [sign * spearman([at for at, _ in run], [mean[axis] for _, mean in run]) for run in found]
+                yield f"{method}: {axis} follows the angle", "Spearman at least 0.9", *told(values)
+            values = [hypervolume([[mean[axis] for axis in axes] for _, mean in run], [0.0, 0.0]) for run in found]
+            yield f"{method}: hypervolume from 0", "grows with the rounds", *told(values)
     if {"RACO", "DPO-LW"} <= methods.keys():
         for axis in axes:
             both = zip(*(map(balanced, methods[name]) for name in ("RACO", "DPO-LW")), strict=True)
@@ -106,6 +116,11 @@ def worth(run: Run, key: str | None) -> float:
 def balanced(run: Run) -> dict[str, float]:
     """The scores, by axis, of the point where all weights are alike."""
     (point,) = [one for one in run["points"] if len({round(weight, 6) for weight in one["knob"].values()}) == 1]
+    return means(point)
+
+
+def means(point: dict[str, Any]) -> dict[str, float]:
+    """The scores of a point, by axis."""
     return {axis: score["mean"] for axis, score in point["scores"].items()}
 
 
