@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -33,11 +33,11 @@ class Loaded(Protocol):
         """What tells whether a run goes on with the data that it began with."""
 
     @property
-    def rows(self) -> int:
+    def train(self) -> Sized:
         """Training rows."""
 
     @property
-    def held_out_rows(self) -> int:
+    def held_out(self) -> Sized:
         """Rows that are set apart."""
 
 

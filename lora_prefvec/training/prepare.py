@@ -39,7 +39,7 @@ class Prepared:
 class Pairs:
     """The pairs that a recipe names, before any model is loaded."""
 
-    train: list[Pair]
+    own: list[Pair]
     held_out: list[Pair]
     anchors: list[Pair]
     data: DataFacts
@@ -51,14 +51,9 @@ class Pairs:
         return [one.sha256 for one in (self.data, self.anchor_facts) if one]
 
     @property
-    def rows(self) -> int:
-        """Training pairs, anchors among them."""
-        return len(self.train) + len(self.anchors)
-
-    @property
-    def held_out_rows(self) -> int:
-        """Pairs that are set apart."""
-        return len(self.held_out)
+    def train(self) -> list[Pair]:
+        """Training pairs, the anchors last."""
+        return [*self.own, *self.anchors]
 
 
 def load_pairs(recipe: Recipe) -> Pairs:
@@ -84,7 +79,7 @@ def prepare(recipe: Recipe, pairs: Pairs, base: LoadedBase) -> Prepared:
         render_pairs(
             part, base.tokenizer, max_prompt_tokens=spec.max_prompt_tokens, max_reply_tokens=spec.max_reply_tokens
         )
-        for part in (pairs.train, pairs.anchors, pairs.held_out)
+        for part in (pairs.own, pairs.anchors, pairs.held_out)
     ]
     report_cuts(rendered, recipe)
     train, anchors, held_out = (part.pairs for part in rendered)

@@ -66,16 +66,6 @@ class Rows:
         """What tells whether a run goes on with the data that it began with."""
         return [one.sha256 for one in (self.data, *chain(*self.own.values())) if one]
 
-    @property
-    def rows(self) -> int:
-        """Training pairs."""
-        return len(self.train)
-
-    @property
-    def held_out_rows(self) -> int:
-        """Pairs that are set apart."""
-        return len(self.held_out)
-
 
 @dataclass(frozen=True)
 class PreparedRows:

@@ -102,14 +102,16 @@ def plan(recipe: Recipe) -> dict[str, object]:
     runs = len(method.runs(recipe))
     # Where not all runs take the same steps, the method knows how many there are.
     steps = (
-        method.steps(recipe, loaded) if hasattr(method, "steps") else runs * total_steps(recipe.training, loaded.rows)
+        method.steps(recipe, loaded)
+        if hasattr(method, "steps")
+        else runs * total_steps(recipe.training, len(loaded.train))
     )
     return {
         "preference": recipe.preference,
         "method": recipe.method.name,
         "base": recipe.base.id,
-        "training_pairs": loaded.rows,
-        "held_out_pairs": loaded.held_out_rows,
+        "training_pairs": len(loaded.train),
+        "held_out_pairs": len(loaded.held_out),
         "runs": runs,
         "steps": steps,
     }

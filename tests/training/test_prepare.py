@@ -27,7 +27,8 @@ def test_anchors_make_their_share_and_keep_their_labels(recipe: MakeRecipe, nf4:
     for share, swapped, count in ((0.5, False, 32), (0.2, True, 8)):
         wanted = with_anchors(recipe(), anchors, share=share, swapped=swapped)
         found = load_pairs(wanted)
-        assert (len(found.train), len(found.held_out), len(found.anchors)) == (32, 8, count)
+        assert (len(found.own), len(found.held_out), len(found.anchors)) == (32, 8, count)
+        assert found.train == [*found.own, *found.anchors]
         rows = prepare(wanted, found, nf4).dataset
         assert rows["swaps"] == [True] * 32 + [swapped] * count
 

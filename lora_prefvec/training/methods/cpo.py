@@ -48,13 +48,13 @@ class Tagged:
 
     Args:
         replies: prompts with replies that are just as they ask.
-        pairs, held_out: the reply that is more as the prompt asks is the chosen one.
+        train, held_out: pairs of which the reply that is more as the prompt asks is the chosen one.
         contrasts: axis -> held-out pairs, each twice: under the level of one reply, and turned under that of the other.
     """
 
     condition: ConditionFacts
     replies: list[tuple[list[Message], list[Message]]]
-    pairs: list[Pair]
+    train: list[Pair]
     held_out: list[Pair]
     contrasts: dict[str, list[Pair]]
     data: DataFacts
@@ -63,16 +63,6 @@ class Tagged:
     def hashes(self) -> list[str | None]:
         """What tells whether a run goes on with the data that it began with."""
         return [self.data.sha256]
-
-    @property
-    def rows(self) -> int:
-        """Training pairs."""
-        return len(self.pairs)
-
-    @property
-    def held_out_rows(self) -> int:
-        """Pairs that are set apart."""
-        return len(self.held_out)
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,7 @@ def runs(recipe: Recipe) -> tuple[str, ...]:
 
 def steps(recipe: Recipe, tagged: Tagged) -> int:
     """Optimiser steps of both runs."""
-    return total_steps(fine_tuning(recipe), len(tagged.replies)) + total_steps(recipe.training, tagged.rows)
+    return total_steps(fine_tuning(recipe), len(tagged.replies)) + total_steps(recipe.training, len(tagged.train))
 
 
 def load(recipe: Recipe) -> Tagged:
@@ -185,7 +175,7 @@ def contrasts(groups: Sequence[RatedReplies], facts: ConditionFacts) -> dict[str
 def prepare(recipe: Recipe, tagged: Tagged, base: LoadedBase) -> PreparedTags:
     """Render everything for `base`."""
     limits = {name: getattr(recipe.training, name) for name in ("max_prompt_tokens", "max_reply_tokens")}
-    pairs, held_out = (render_pairs(part, base.tokenizer, **limits) for part in (tagged.pairs, tagged.held_out))
+    pairs, held_out = (render_pairs(part, base.tokenizer, **limits) for part in (tagged.train, tagged.held_out))
     report_cuts([pairs, held_out], recipe)
     return PreparedTags(
         tagged,

@@ -74,16 +74,6 @@ class Groups:
         """What tells whether a run goes on with the data that it began with."""
         return [one for one in (self.data.sha256, self.reward) if one]
 
-    @property
-    def rows(self) -> int:
-        """Training prompts."""
-        return len(self.train)
-
-    @property
-    def held_out_rows(self) -> int:
-        """Prompts that are set apart."""
-        return len(self.held_out)
-
 
 @dataclass(frozen=True)
 class Prepared:

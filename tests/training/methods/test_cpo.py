@@ -157,11 +157,11 @@ def test_prompts_carry_their_tags_and_pairs_lie_as_they_ask(recipe_of: Any) -> N
     for prompt, said in tagged.replies:
         own = ratings.get(said[0]["content"].split()[-1], {"short": 3})
         assert all(own[axis] == level for axis, level in asked(prompt).items() if axis in own)
-    stages = [[asked(prompt) for prompt, _ in tagged.replies], [asked(pair.prompt) for pair in tagged.pairs]]
+    stages = [[asked(prompt) for prompt, _ in tagged.replies], [asked(pair.prompt) for pair in tagged.train]]
     for conditions in stages:  # the same names in both: the released scripts have `helplessness` in the second
         assert {axis for one in conditions for axis in one} == {"warm", "short"}
         assert {len(one) for one in conditions} == {0, 1, 2}
-    for pair in tagged.pairs:
+    for pair in tagged.train:
         ends = [part[0]["content"].split()[-1] for part in (pair.chosen, pair.rejected)]  # type: ignore[index]
         one, other = (reply("", **ratings.get(end, {"short": 3})) for end in ends)
         if one.ratings.keys() == other.ratings.keys():
