@@ -33,7 +33,7 @@ def write_condition(facts: ConditionFacts, asked: Mapping[str, float], messages:
         users = [turn for turn in turns if turn["role"] == "user"]
         if not users:
             raise InputError("a condition stands before what the user says, and no user says anything", "Add a turn.")
-        users[-1]["content"] = tags(graded(facts, asked)) + users[-1]["content"]
+        users[-1]["content"] = tags(facts, graded(facts, asked)) + users[-1]["content"]
         return turns
     rating = " + ".join(f"{axis}*{round(100 * part)}" for axis, part in asked.items())
     text = f"Maximize weighted rating = {rating}."
@@ -43,9 +43,9 @@ def write_condition(facts: ConditionFacts, asked: Mapping[str, float], messages:
     return turns
 
 
-def tags(asked: Mapping[str, float]) -> str:
+def tags(facts: ConditionFacts, asked: Mapping[str, float]) -> str:
     """Levels as they stand in a prompt, the space before the user's own words included."""
-    return "".join(f"< {axis}: {level:g} > " for axis, level in asked.items())
+    return "".join(f"< {facts.tags.get(axis, axis)}: {level:g} > " for axis, level in asked.items())
 
 
 def graded(facts: ConditionFacts, asked: Mapping[str, float]) -> Mapping[str, float]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lora_prefvec.errors import InputError
+from lora_prefvec.recipe import TagWord
 from lora_prefvec.vector import BaseIdentity
 
 SCHEMA_VERSION = 1
@@ -68,6 +69,7 @@ class ConditionFacts(_Facts):
         levels: axis -> all levels that it was trained on, lowest first; empty for a direction.
         system: whether a direction stands in a system turn of its own; else it begins the first turn.
         grades: how many grades a component is written in, as a level; None for hundredths in a sentence.
+        tags: axis -> the word that stands for it in a tag, where it is not its name.
     """
 
     kind: Literal["levels", "direction"]
@@ -75,8 +77,9 @@ class ConditionFacts(_Facts):
     levels: dict[str, list[float]] = Field(default_factory=dict)
     system: bool = False
     grades: int | None = Field(default=None, ge=2)
+    tags: dict[str, TagWord] = Field(default_factory=dict)
 
-    @field_validator("axes", "levels")
+    @field_validator("axes", "levels", "tags")
     @classmethod
     def _by_name(cls, axes: dict[str, Any]) -> dict[str, Any]:
         return dict(sorted(axes.items()))

@@ -15,6 +15,7 @@ from lora_prefvec.recipe.methods import (
     SafeFirstSpec,
     SafetySpec,
     SftSpec,
+    TagWord,
     WeightedSpec,
 )
 from lora_prefvec.recipe.reading import parse_recipe, read_recipe
@@ -42,6 +43,7 @@ __all__ = [
     "SafetySpec",
     "Section",
     "SftSpec",
+    "TagWord",
     "TrainingSpec",
     "WeightedSpec",
     "parse_recipe",

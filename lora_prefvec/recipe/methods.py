@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from lora_prefvec.recipe.sections import AnchorSpec, DataSpec, Section
 
 OBJECTIVE = r"^[a-z0-9]+([-_][a-z0-9]+)*$"
+TagWord = Annotated[str, Field(pattern=r"^\w[\w -]{0,39}$")]  # none of the signs that close a tag
 MOST_OBJECTIVES = 8
 
 
@@ -160,11 +161,13 @@ class AxisSpec(Section):
     """An axis of CPO: omega and lambda of its part omega_i g_i in the value of a reply.
 
     A condition counts `penalty` for each level that a reply is off. The paper's example has 1 for both; an axis that
-    pulls against the others, such as brevity against help, is followed only where its condition counts for more.
+    pulls against the others, such as brevity against help, is followed only where its condition counts for more. `tag`
+    is the word for the axis in a prompt, its name unless told otherwise: one that the base knows is learned far faster.
     """
 
     weight: float = Field(default=1.0, gt=0)
     penalty: float = Field(default=1.0, gt=0)
+    tag: TagWord | None = None
 
 
 class CpoSpec(Section):
@@ -191,6 +194,18 @@ class CpoSpec(Section):
     @classmethod
     def _names_alone(cls, given: Any) -> Any:
         return {name: {} for name in given} if isinstance(given, list) else given
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Axis -> its word in a prompt, where that is not its name."""
+        return {name: one.tag for name, one in self.objectives.items() if one.tag}
+
+    @model_validator(mode="after")
+    def _a_tag_for_each(self) -> CpoSpec:
+        words = [self.tags.get(name, name) for name in self.objectives]
+        if twice := next((word for word in words if words.count(word) > 1), None):
+            raise ValueError(f"two objectives have the tag {twice!r}")
+        return self
 
     @model_validator(mode="after")
     def _shares_of_one(self) -> CpoSpec:

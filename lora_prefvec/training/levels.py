@@ -41,13 +41,13 @@ def advantage(
     return difference if abs(difference) > TIE else 0.0
 
 
-def levels_of(found: RatedSet, objectives: Sequence[str]) -> ConditionFacts:
-    """The levels that can be asked for: on each axis those that a reply of the data has.
+def levels_of(found: RatedSet, spec: CpoSpec) -> ConditionFacts:
+    """The levels that can be asked for: on each axis those that a reply of the data has; and how an axis is called.
 
     Raises:
         InputError: a rating is no whole number from 0 to 10, or all replies have the same.
     """
-    seen: dict[str, set[float]] = {axis: set() for axis in objectives}
+    seen: dict[str, set[float]] = {axis: set() for axis in spec.objectives}
     for group in found.groups:
         for reply in group.replies:
             for axis in seen.keys() & reply.ratings.keys():
@@ -64,7 +64,7 @@ def levels_of(found: RatedSet, objectives: Sequence[str]) -> ConditionFacts:
             raise InputError(f"all replies in {found.source} have the same rating for {axis!r}", "Leave it out.")
     ordered = {axis: sorted(levels) for axis, levels in seen.items()}
     axes = {axis: (levels[0], levels[-1]) for axis, levels in ordered.items()}
-    return ConditionFacts(kind="levels", axes=axes, levels=ordered)
+    return ConditionFacts(kind="levels", axes=axes, levels=ordered, tags=spec.tags)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def load(recipe: Recipe) -> Tagged:
     assert recipe.data is not None
     found = read_rated(recipe.data, seed)
     check_rated(found, list(spec.objectives))
-    facts = levels_of(found, list(spec.objectives))
+    facts = levels_of(found, spec)
     if isinstance(recipe.held_out, DataSpec):
         train, held_out = found.groups, read_rated(recipe.held_out, seed).groups
     else:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_prefvec.artifact import read_adapter
+from lora_prefvec.artifact import conditioned, read_adapter
 from lora_prefvec.cli.main import main
 from lora_prefvec.data import RatedReplies, RatedReply, RatedSet
 from lora_prefvec.errors import InputError
@@ -171,6 +171,18 @@ def test_prompts_carry_their_tags_and_pairs_lie_as_they_ask(recipe_of: Any) -> N
         assert asked(own.prompt) != asked(turned.prompt)
 
 
+def test_an_axis_has_another_word_in_prompts(recipe_of: Any) -> None:
+    tagged = cpo.load(recipe_of(objectives={"warm": {"tag": "my dear"}, "short": {}}))
+    named = cpo.load(recipe_of())
+    assert tagged.condition.tags == {"warm": "my dear"}
+    for one, other in zip(tagged.train, named.train, strict=True):
+        assert one.prompt[-1]["content"] == other.prompt[-1]["content"].replace("< warm: ", "< my dear: ")
+    message = [{"role": "user", "content": "hi"}]
+    assert conditioned(tagged.condition, {"warm": 3}, message)[0]["content"] == "< my dear: 3 > hi"  # asked by its name
+    with pytest.raises(InputError, match="no condition 'my dear'"):
+        conditioned(tagged.condition, {"my dear": 3}, message)
+
+
 def test_two_stages_of_which_the_second_starts_and_refers_to_the_first(
     recipe_of: Any, nf4: LoadedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +274,7 @@ def test_an_axis_that_nobody_rated_or_that_does_not_vary(recipe_of: Any) -> None
         cpo.load(recipe_of(objectives=["warm", "kind"]))
     same = RatedSet([group(reply("a", warm=1), reply("b", warm=1))], "rated", "mine")
     with pytest.raises(InputError, match="all replies in mine have the same rating for 'warm'"):
-        levels_of(same, ["warm"])
+        levels_of(same, CpoSpec(name="cpo", objectives={"warm": AxisSpec()}))
 
 
 @pytest.mark.parametrize(
@@ -270,11 +282,15 @@ def test_an_axis_that_nobody_rated_or_that_does_not_vary(recipe_of: Any) -> None
     [
         ("untagged: 0.7\n  single: 0.5", "untagged 0.7 and single 0.5 are more than all conditions"),
         ("untaged: 0.7", "unknown key 'method.untaged'. Did you mean 'untagged'?"),
+        ("objectives: {a: {tag: 'b: 5 >'}}", "method.objectives.a.tag = 'b: 5 >'"),
+        ("objectives: {a: {tag: b}, b: {}}", "two objectives have the tag 'b'"),
         ("pairs: 0", "method.pairs = 0: should be greater than or equal to 1"),
     ],
 )
 def test_a_wrong_recipe(method: str, said: str) -> None:
-    text = f"preference: x\nbase: {{id: b}}\ndata: {{source: s}}\nmethod:\n  name: cpo\n  objectives: [a]\n  {method}\n"
+    text = f"preference: x\nbase: {{id: b}}\ndata: {{source: s}}\nmethod:\n  name: cpo\n  {method}\n"
+    if "objectives" not in method:
+        text += "  objectives: [a]\n"
     with pytest.raises(InputError) as refusal:
         parse_recipe(text)
     assert said in str(refusal.value)
