@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
 
 from lora_prefvec.artifact import DataFacts, public_name
-from lora_prefvec.data import Pair, PairSet, load, split_held_out
+from lora_prefvec.data import Pair, PairSet, RatedSet, load, split_held_out
 from lora_prefvec.errors import InputError
 from lora_prefvec.inference import LoadedBase, RenderedPair, RenderedPairs, render_pairs
 from lora_prefvec.output import out
@@ -69,7 +71,7 @@ def load_pairs(recipe: Recipe) -> Pairs:
     else:
         train, held_out = split_held_out(found.pairs, recipe.held_out, recipe.training.seed)
     anchors, anchor_facts = anchors_for(train, recipe.anchors, recipe.training.seed)
-    return Pairs(train, held_out, anchors, facts(found, recipe.data), anchor_facts)
+    return Pairs(train, held_out, anchors, data_facts(found, recipe.data), anchor_facts)
 
 
 def prepare(recipe: Recipe, pairs: Pairs, base: LoadedBase) -> Prepared:
@@ -89,11 +91,7 @@ def prepare(recipe: Recipe, pairs: Pairs, base: LoadedBase) -> Prepared:
     swaps_anchors = recipe.anchors is not None and recipe.anchors.swapped
     dataset = Dataset.from_dict(
         {
-            "prompt_ids": [pair.prompt_ids for pair in rows],
-            "chosen_ids": [pair.chosen_ids for pair in rows],
-            "rejected_ids": [pair.rejected_ids for pair in rows],
-            "ref_chosen_logps": reference[: len(rows), 0].tolist(),
-            "ref_rejected_logps": reference[: len(rows), 1].tolist(),
+            **pair_columns(rows, reference[: len(rows)]),
             "swaps": [True] * len(train) + [swaps_anchors] * len(anchors),
         }
     )
@@ -117,8 +115,8 @@ def read(spec: DataSpec, seed: int) -> PairSet:
     return found
 
 
-def facts(found: PairSet, spec: DataSpec) -> DataFacts:
-    """What provenance says about a set of pairs."""
+def data_facts(found: PairSet | RatedSet, spec: DataSpec) -> DataFacts:
+    """What provenance says about a set of pairs or rated replies."""
     return DataFacts(
         id=public_name(spec.source),
         revision=found.revision,
@@ -134,7 +132,7 @@ def anchors_for(pairs: list[Pair], spec: AnchorSpec | None, seed: int) -> tuple[
     if spec is None:
         return [], None
     found = read(spec, seed)
-    return repeated(found.pairs, round(len(pairs) * spec.share / (1 - spec.share)), seed), facts(found, spec)
+    return repeated(found.pairs, round(len(pairs) * spec.share / (1 - spec.share)), seed), data_facts(found, spec)
 
 
 def repeated(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
@@ -146,6 +144,17 @@ def repeated(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
     while len(drawn) < count:
         drawn += generator.sample(pairs, min(len(pairs), count - len(drawn)))
     return drawn
+
+
+def pair_columns(pairs: Sequence[RenderedPair], reference: Tensor) -> dict[str, list[Any]]:
+    """The columns that every DPO trainer reads; `reference` holds their log-probabilities, [pairs, 2]."""
+    return {
+        "prompt_ids": [pair.prompt_ids for pair in pairs],
+        "chosen_ids": [pair.chosen_ids for pair in pairs],
+        "rejected_ids": [pair.rejected_ids for pair in pairs],
+        "ref_chosen_logps": reference[:, 0].tolist(),
+        "ref_rejected_logps": reference[:, 1].tolist(),
+    }
 
 
 def report_cuts(rendered: list[RenderedPairs], recipe: Recipe) -> None:

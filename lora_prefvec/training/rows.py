@@ -18,7 +18,7 @@ from lora_prefvec.errors import InputError, nearest
 from lora_prefvec.inference import LiveMixer, LoadedBase, RenderedPair, pair_log_probs, render_pairs
 from lora_prefvec.output import out
 from lora_prefvec.recipe import DataSpec, ObjectiveSpec, Recipe
-from lora_prefvec.training.prepare import anchors_for, facts, read, report_cuts
+from lora_prefvec.training.prepare import anchors_for, data_facts, pair_columns, read, report_cuts
 from lora_prefvec.training.reference import reference_log_probs
 
 NO_PART = math.nan
@@ -122,7 +122,7 @@ def load_rows(
             assert spec is not None
             found = read(spec, recipe.training.seed)
             anchors, anchor_facts = anchors_for(found.pairs, own[name].anchors, recipe.training.seed)
-            own_facts[name] = facts(found, spec), anchor_facts
+            own_facts[name] = data_facts(found, spec), anchor_facts
             signs = tuple(1.0 if place == other else NO_PART for other in range(len(names)))
             rows += [Row(pair, signs) for pair in (*found.pairs, *anchors)]
     for place, name in enumerate(names):
@@ -139,14 +139,7 @@ def load_rows(
         train, held_out = split_held_out(rows, recipe.held_out, recipe.training.seed)
     data = None
     if rated is not None and recipe.data is not None:
-        data = DataFacts(
-            id=public_name(recipe.data.source),
-            revision=rated.revision,
-            split=recipe.data.split,
-            form=rated.form,
-            sha256=rated.sha256,
-            rows=len(rated),
-        )
+        data = data_facts(rated, recipe.data)
     w = tuple(weights.values())
     train, held_out = ([_turned(row, w) for row in part] for part in (train, held_out))
     return Rows(names, w, train, held_out, data, own_facts)
@@ -212,11 +205,7 @@ def prepare_rows(recipe: Recipe, rows: Rows, base: LoadedBase, offsets: Offsets 
     offset = offsets(base, train, reference[: len(train)]) if offsets else torch.zeros(len(train))
     dataset = Dataset.from_dict(
         {
-            "prompt_ids": [pair.prompt_ids for pair in train],
-            "chosen_ids": [pair.chosen_ids for pair in train],
-            "rejected_ids": [pair.rejected_ids for pair in train],
-            "ref_chosen_logps": reference[: len(train), 0].tolist(),
-            "ref_rejected_logps": reference[: len(train), 1].tolist(),
+            **pair_columns(train, reference[: len(train)]),
             "signs": [list(row.signs) for row in kept],
             "strength": [row.strength for row in kept],
             "offset": offset.tolist(),

@@ -24,7 +24,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from lora_prefvec.artifact import ConditionFacts, DataFacts, conditioned, public_name
+from lora_prefvec.artifact import ConditionFacts, DataFacts, conditioned
 from lora_prefvec.data import Message, Pair, RatedReplies, split_held_out
 from lora_prefvec.errors import InputError
 from lora_prefvec.inference import LiveMixer, LoadedBase, RenderedPair, pair_log_probs, render_pairs
@@ -32,7 +32,7 @@ from lora_prefvec.progress import progress
 from lora_prefvec.recipe import CpoSpec, DataSpec, Recipe, TrainingSpec
 from lora_prefvec.training.levels import Dice, advantage, levels_of
 from lora_prefvec.training.made import Made
-from lora_prefvec.training.prepare import report_cuts
+from lora_prefvec.training.prepare import data_facts, pair_columns, report_cuts
 from lora_prefvec.training.replies import PreparedReplies, ReplyTrainer, render_replies
 from lora_prefvec.training.rows import check_rated, read_rated
 from lora_prefvec.training.run import Job, run, total_steps
@@ -131,14 +131,7 @@ def load(recipe: Recipe) -> Tagged:
     pairs = draw_pairs(train, facts, dice(CDPO))
     if not pairs:
         raise InputError(f"no two replies in {found.source} differ in what the conditions ask for", "Give other ones.")
-    data = DataFacts(
-        id=public_name(recipe.data.source),
-        revision=found.revision,
-        split=recipe.data.split,
-        form=found.form,
-        sha256=found.sha256,
-        rows=len(found),
-    )
+    data = data_facts(found, recipe.data)
     return Tagged(
         facts, replies, pairs, draw_pairs(held_out, facts, dice("held out")), contrasts(held_out, facts), data
     )
@@ -251,15 +244,7 @@ def refer(base: LoadedBase, vector: PreferenceVector, prepared: PreparedTags, *,
     train, held_out = prepared.pairs, prepared.held_out
     with progress("reference", len(train) + len(held_out)) as bar:
         reference = log_probs(base, vector, [*train, *held_out], batch_size, bar.advance)
-    dataset = Dataset.from_dict(
-        {
-            "prompt_ids": [pair.prompt_ids for pair in train],
-            "chosen_ids": [pair.chosen_ids for pair in train],
-            "rejected_ids": [pair.rejected_ids for pair in train],
-            "ref_chosen_logps": reference[: len(train), 0].tolist(),
-            "ref_rejected_logps": reference[: len(train), 1].tolist(),
-        }
-    )
+    dataset = Dataset.from_dict(pair_columns(train, reference[: len(train)]))
     return Referenced(dataset, held_out, reference[len(train) :])
 
 

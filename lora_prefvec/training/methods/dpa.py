@@ -25,7 +25,6 @@ from lora_prefvec.artifact import (
     RewardModel,
     atomic_file,
     conditioned,
-    public_name,
     read_reward_model,
     resolve_adapter,
 )
@@ -37,6 +36,7 @@ from lora_prefvec.output import out
 from lora_prefvec.progress import progress
 from lora_prefvec.recipe import DataSpec, DpaSpec, Recipe
 from lora_prefvec.training.made import Made
+from lora_prefvec.training.prepare import data_facts
 from lora_prefvec.training.replies import ReplyTrainer
 from lora_prefvec.training.reward_model import (
     Conversation,
@@ -110,14 +110,7 @@ def load(recipe: Recipe) -> Groups:
         train, held_out = found.groups, read_rated(recipe.held_out, seed).groups
     else:
         train, held_out = split_held_out(found.groups, recipe.held_out, seed)
-    data = DataFacts(
-        id=public_name(recipe.data.source),
-        revision=found.revision,
-        split=recipe.data.split,
-        form=found.form,
-        sha256=found.sha256,
-        rows=len(found),
-    )
+    data = data_facts(found, recipe.data)
     reward = None
     if spec.reward.folder:
         _, facts = read_reward_model(resolve_adapter(spec.reward.folder), axes=list(spec.axes))
