@@ -11,8 +11,8 @@ import pytest
 from lora_prefvec.artifact import shipped
 from lora_prefvec.cli.train import find_recipe
 from lora_prefvec.data.forms import ATTRIBUTES, FORMS
-from lora_prefvec.data.rated import HELPSTEER
-from lora_prefvec.recipe import DataSpec, Recipe, Section, read_recipe
+from lora_prefvec.data.rated import HELPSTEER, ULTRAFEEDBACK
+from lora_prefvec.recipe import CpoSpec, DataSpec, DpaSpec, Recipe, Section, read_recipe
 
 RECIPES = sorted(shipped("recipes").glob("*.yaml"), key=lambda file: file.stem)
 MADE_FROM_PUBLISHED_DATA = [file for file in RECIPES if file.stem != "template"]
@@ -43,7 +43,7 @@ def test_the_recipes_that_were_promised_are_there() -> None:
     promised = {f"{base}-{preference}" for base in bases for preference in ("helpful", "harmless")}
     promised |= {f"sandbox-{preference}" for preference in ("helpful", "harmless", "honest", "concise")}
     promised |= {"llama-3.2-3b-hh-helpful", "llama-3.2-3b-hh-harmless", "llama-3.2-3b-honest"}
-    promised |= {"sandbox-cpo", "sandbox-dpa", "llama-3.2-3b-dpa", "template"}
+    promised |= {"sandbox-cpo", "sandbox-dpa", "llama-3.2-3b-cpo", "llama-3.2-3b-dpa", "template"}
     assert promised <= {file.stem for file in RECIPES}
 
 
@@ -76,16 +76,26 @@ def test_header_says_what_memory_it_takes_and_what_was_measured(file: Path) -> N
 def test_source_and_form_are_about_the_preference(file: Path) -> None:
     recipe = read_recipe(file)
     assert file.stem.endswith(f"-{recipe.preference}")
-    if file.stem == "llama-3.2-3b-dpa":
-        assert (recipe.data.form, recipe.data.source) == ("helpsteer2", "nvidia/HelpSteer2")
-        assert set(recipe.method.axes) <= set(HELPSTEER)
-        return
     assert is_about(recipe.data, recipe.preference)
     if isinstance(recipe.held_out, DataSpec):
         assert is_about(recipe.held_out, recipe.preference)
         assert recipe.held_out.split != recipe.data.split
     if recipe.anchors:
         assert recipe.anchors.source != recipe.data.source
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-3b-cpo", "llama-3.2-3b-dpa"])
+def test_published_replies_are_rated_on_the_axes_asked_for(name: str) -> None:
+    recipe = read_recipe(find_recipe(name))
+    assert isinstance(recipe.method, CpoSpec | DpaSpec)
+    asked = recipe.method.objectives if isinstance(recipe.method, CpoSpec) else recipe.method.axes
+    published = {
+        "helpsteer2": ("nvidia/HelpSteer2", HELPSTEER),
+        "ultrafeedback": ("openbmb/UltraFeedback", ULTRAFEEDBACK),
+    }
+    source, rated = published[str(recipe.data.form)]
+    assert recipe.data.source == source
+    assert set(asked) <= set(rated)
 
 
 def is_about(data: DataSpec, preference: str) -> bool:
