@@ -120,9 +120,9 @@ def _training(facts: Provenance) -> str:
             "share of anchors": run.anchor_share,
         }
         rows += [[name, f"{value:g}"] for name, value in numbers.items() if value is not None]
-    for name, data in (("data", facts.data), ("anchors", facts.anchors)):
+    for name, data, counted in (("data", facts.data, facts.counted), ("anchors", facts.anchors, "pairs")):
         if data:
-            rows.append([name, _data(data)])
+            rows.append([name, _data(data, counted)])
     if run:
         if run.wall_seconds is not None:
             rows.append(["time", f"{run.wall_seconds:.0f} s" + (f" on {run.device}" if run.device else "")])
@@ -134,14 +134,14 @@ def _training(facts: Provenance) -> str:
     return "## Training\n\n" + _table(["", ""], rows) if rows else ""
 
 
-def _data(data: DataFacts) -> str:
+def _data(data: DataFacts, counted: str) -> str:
     said = [f"`{data.id}`"]
     if data.revision:
         said.append(f"revision `{data.revision}`")
     if data.split:
         said.append(f"split {data.split}")
     if data.rows is not None:
-        said.append(f"{data.rows:,} pairs")
+        said.append(f"{data.rows:,} {counted}")
     if data.swapped:
         said.append("chosen and rejected exchanged")
     if data.sha256:
@@ -167,7 +167,9 @@ def _usage(facts: Provenance, rank: int) -> str:
     if facts.condition:
         option, prompt = _asked(facts.condition)
         first = f'prefvec generate FOLDER=1 {option} --prompt "How do I ...?"'
-        asked = f"\n\nOther programs write the condition into the prompt themselves:\n\n```\n{prompt}\n```"
+        words = ", ".join(f"`{word}` for {axis}" for axis, word in facts.condition.tags.items())
+        asked = f"\n\nOther programs write the condition into the prompt themselves{words and ', with '}{words}:"
+        asked += f"\n\n```\n{prompt}\n```"
     if facts.reward:
         first = f"prefvec score --replies REPLIES.jsonl --scorer 'reward:FOLDER#{next(iter(facts.reward.axes))}'"
     return f"""## Use

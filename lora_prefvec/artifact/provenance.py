@@ -31,7 +31,7 @@ class DataFacts(_Facts):
     Args:
         id: Hub id, `name:part`, or a file's name; never a path of a machine.
         sha256: of the normalised pairs, in the order in which they were read.
-        rows: number of pairs used.
+        rows: number of pairs used, or of prompts with rated replies.
         swapped: whether chosen and rejected were exchanged.
     """
 
@@ -249,6 +249,12 @@ class Provenance(_Facts):
     @classmethod
     def _json_numbers(cls, metrics: dict[str, float | None]) -> dict[str, float | None]:
         return {name: value if value is not None and math.isfinite(value) else None for name, value in metrics.items()}
+
+    @property
+    def counted(self) -> str:
+        """What the rows of `data` are."""
+        rated = self.condition or self.reward or any(one.data is None for one in self.objectives)
+        return "prompts with rated replies" if rated else "pairs"
 
     def to_json(self) -> str:
         """The text of `prefvec.json`: sorted keys, indented, newline at the end."""

@@ -162,7 +162,7 @@ def facts_of(entry: dict[str, Any], facts: Provenance | None) -> list[tuple[str,
     base = facts.base if facts else None
     lines.append(("base", (entry["base"] or "unknown") + (f"@{base.revision[:12]}" if base and base.revision else "")))
     if facts and facts.data:
-        rows = f", {facts.data.rows:,} pairs" if facts.data.rows is not None else ""
+        rows = f", {facts.data.rows:,} {facts.counted}" if facts.data.rows is not None else ""
         lines.append(("data", f"{facts.data.id}{rows}{', swapped' if facts.data.swapped else ''}"))
     if facts and facts.training:
         names = {"beta": "beta", "learning_rate": "lr", "steps": "steps", "seed": "seed"}

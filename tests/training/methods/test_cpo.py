@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lora_prefvec.artifact import conditioned, read_adapter
+from lora_prefvec.artifact.card import model_card
 from lora_prefvec.cli.main import main
 from lora_prefvec.data import RatedReplies, RatedReply, RatedSet
 from lora_prefvec.errors import InputError
@@ -181,6 +182,18 @@ def test_an_axis_has_another_word_in_prompts(recipe_of: Any) -> None:
     assert conditioned(tagged.condition, {"warm": 3}, message)[0]["content"] == "< my dear: 3 > hi"  # asked by its name
     with pytest.raises(InputError, match="no condition 'my dear'"):
         conditioned(tagged.condition, {"my dear": 3}, message)
+
+
+def test_the_card_tells_the_words_of_tags(trained: Trained) -> None:
+    facts = read_adapter(trained.folder).provenance
+    assert facts is not None
+    assert facts.condition is not None
+    assert "into the prompt themselves:" in model_card(facts, rank=4, modules=7)
+    facts.condition.tags = {"short": "rush", "warm": "my dear"}
+    text = model_card(facts, rank=4, modules=7)
+    assert "into the prompt themselves, with `rush` for short, `my dear` for warm:" in text
+    assert "user: < rush: 3 > How do I" in text
+    assert "16 prompts with rated replies" in text
 
 
 def test_two_stages_of_which_the_second_starts_and_refers_to_the_first(
