@@ -231,7 +231,7 @@ def along(places: Sequence[Place], name: str, scores: Sequence[float]) -> float 
     """Spearman's correlation of one part of the knob with a score: the mean over lines on which the rest stands still.
 
     Where the other parts follow from this one, as weights that sum to 1, there is one line. None where no line has
-    three places.
+    three places, and two values.
     """
     lines: dict[tuple[tuple[str, float], ...], list[int]] = {}
     for number, place in enumerate(places):
@@ -243,7 +243,7 @@ def along(places: Sequence[Place], name: str, scores: Sequence[float]) -> float 
     found = [
         spearman([places[i].knob[name] for i in line], [scores[i] for i in line])
         for line in lines.values()
-        if len(line) >= LINE
+        if len(line) >= LINE and len({places[i].knob[name] for i in line}) > 1
     ]
     return mean(found) if found else None
 

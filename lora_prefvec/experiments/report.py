@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -72,24 +74,43 @@ def markdown(compared: Compared, command: str) -> str:
 
 
 def draw_fronts(file: Path, compared: Compared) -> None:
-    """Every method's points over the first two axes; a line along the front of each seed, the base as a star."""
-    figure, panel = pyplot().subplots(figsize=(8.4, 6.2), layout="constrained")
-    x, y = _names(compared.comparison.axes)[:2]
+    """Every method's points, large on its front, the base as a star: over two axes with a line along each seed's front,
+    over more a panel for each two of them, without lines, since there a front is no curve."""
+    pairs = list(combinations(_names(compared.comparison.axes), 2))
+    columns = min(len(pairs), 3)
+    rows = math.ceil(len(pairs) / columns)
+    size = (8.4, 6.2) if len(pairs) == 1 else (4.4 * columns, 3.8 * rows + 0.8)
+    figure, panels = pyplot().subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for panel, pair in zip_longest(panels.flat, pairs):
+        if pair:
+            _draw_panel(panel, compared, pair, lines=len(pairs) == 1)
+        else:
+            panel.set_axis_off()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    save(figure, file)
+
+
+def _draw_panel(panel: Any, compared: Compared, pair: tuple[str, str], *, lines: bool) -> None:
+    large, small = (7, 4) if lines else (5, 3)
     for number, name in enumerate(compared.comparison.methods):
         colour, marker, dash = f"C{number % 10}", MARKERS[number % len(MARKERS)], DASHES[number % len(DASHES)]
         for turn, run in enumerate(compared.of(name)):
-            located = [(point.scores[x].mean, point.scores[y].mean) for point in run.points]
-            panel.plot(*zip(*located, strict=True), marker, color=colour, markersize=4, alpha=0.35)
+            located = [tuple(point.scores[axis].mean for axis in pair) for point in run.points]
+            panel.plot(*zip(*located, strict=True), marker, color=colour, markersize=small, alpha=0.35)
             best = sorted(located[i] for i in run.front)
-            label = name if turn == 0 else None
-            panel.plot(*zip(*best, strict=True), marker, color=colour, linestyle=dash, markersize=7, label=label)
-    at = [compared.base.scores[axis].mean for axis in (x, y)]
-    panel.plot(*([value] for value in at), "*", color="black", markersize=16, label="base")
-    panel.set_xlabel(spoken(x))
-    panel.set_ylabel(spoken(y))
+            panel.plot(
+                *zip(*best, strict=True),
+                marker,
+                color=colour,
+                linestyle=dash if lines else "none",
+                markersize=large,
+                label=name if turn == 0 else None,
+            )
+    at = [compared.base.scores[axis].mean for axis in pair]
+    panel.plot(*([value] for value in at), "*", color="black", markersize=2 * large, label="base")
+    panel.set_xlabel(spoken(pair[0]))
+    panel.set_ylabel(spoken(pair[1]))
     panel.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    save(figure, file)
 
 
 def _rates(name: str, worth: Mapping[float, Worth]) -> list[Any]:

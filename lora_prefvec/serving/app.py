@@ -122,7 +122,9 @@ def create_app(backend: Backend, settings: Settings) -> FastAPI:
 
 def replies_of(whole: type) -> dict[int | str, dict[str, Any]]:
     """How a response with replies is described: whole as JSON, or streamed as server-sent events."""
-    events = {"schema": {"type": "string"}, "example": 'data: {"id":"..."}\n\ndata: [DONE]\n\n'}
+    data = {"type": "string", "description": "A part of the response as JSON, or [DONE]."}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    events = {"itemSchema": event, "example": 'data: {"id":"..."}\n\ndata: [DONE]\n\n'}
     mixed = {"schema": {"type": "string"}, "description": "The mix that was used, as JSON."}
     return {200: {"model": whole, "content": {"text/event-stream": events}, "headers": {PREFERENCES_HEADER: mixed}}}
 

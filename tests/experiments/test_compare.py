@@ -81,6 +81,21 @@ def compare(place: Path, capsys: pytest.CaptureFixture[str]) -> Compare:
     return run
 
 
+def test_of_more_than_two_axes_each_two_have_a_panel(
+    compare: Compare, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("lora_prefvec.experiments.report.save", lambda figure, file: drawn.append(figure))
+    (place / "scorers.py").write_text(SCORER + "".join(SCORER.replace("(prompts", f"{n}(prompts") for n in range(2)))
+    axes = [f"scorers.py:{name}" for name in ("length", "spread", "length0", "spread0", "length1")]
+    code, _, error = compare("--only", "one", axes=axes)
+    assert code == 0, error
+    panels = drawn[0].axes
+    assert len({(panel.get_xlabel(), panel.get_ylabel()) for panel in panels if panel.axison}) == 10
+    assert len(panels) == 12  # two of four rows of three are left over
+    assert all(line.get_linestyle() == "None" for panel in panels for line in panel.lines)
+
+
 def test_every_artifact_is_trained_once_and_a_second_run_does_nothing(
     compare: Compare, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +216,9 @@ def test_a_knob_is_followed_where_the_others_stand_still() -> None:
     asked = [Place({"a": a}, {}) for a in (1.0, 2.0, 3.0)] + [Place(one, {}) for one in ({}, {"b": 1.0}, {"b": 5.0})]
     assert along(asked, "a", [1, 2, 3, 9, 0, 7]) == pytest.approx(1)
     assert along(asked, "b", [1, 2, 3, 9, 0, 7]) is None
+    constant = [Place({"a": 5.0, "b": b}, {}) for b in (1.0, 2.0, 3.0)]
+    assert along(constant, "a", [1, 2, 3]) is None  # one level alone says nothing
+    assert along(constant, "b", [1, 2, 3]) == pytest.approx(1)
 
 
 def test_an_axis_without_a_say_is_the_worst() -> None:
